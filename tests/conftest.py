@@ -1,0 +1,20 @@
+"""Fixtures for every test: random checkpoints, each written once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import CheckpointSpec, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Path]:
+    """Returns a function from a specification to the folder that holds it."""
+    folder, written = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def path_of(spec: CheckpointSpec) -> Path:
+        if repr(spec) not in written:
+            written[repr(spec)] = write_checkpoint(folder / str(len(written)), spec)
+        return written[repr(spec)]
+
+    return path_of
