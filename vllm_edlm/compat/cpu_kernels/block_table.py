@@ -87,7 +87,7 @@ def compute_slot_mappings(
         if enabled[group]:
             table = int32_at(addresses[group], (num_rows, strides[group]))
             page, place = np.divmod(pos_real, page_sizes[group])
-            # int64 before the product: slot ids of a large cache do not fit int32.
+            # int64 before the product, which the kernel takes in int32: large caches overflow it.
             pages = table[slot_real, page].astype(np.int64)
             mapping[token_real] = pages * page_sizes[group] + place
 
