@@ -1,0 +1,37 @@
+"""Model Runner V2 on a CPU without Triton.
+
+vLLM's diffusion models need Model Runner V2, and vLLM takes that runner to need Triton. With
+the kernels of `compat.cpu_kernels` it does not. Only the configuration of an engine that
+serves a block-diffusion model is changed, by giving that one object a subclass of its class,
+so that every other engine keeps its runner. Upstream shape: patches/0001.
+"""
+
+import vllm.envs as envs
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
+
+
+class VllmConfigWithoutTriton(VllmConfig):
+    """`VllmConfig` whose engine runs Model Runner V2 although Triton is missing.
+
+    Pickled by reference to this class, so it means the same in every process.
+    """
+
+    @property
+    def use_v2_model_runner(self) -> bool:
+        if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+            raise ValueError(
+                "block-diffusion models need Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        return True
+
+    def _validate_v2_model_runner(self) -> None:
+        if unsupported := self._get_v2_model_runner_unsupported_features():
+            raise ValueError(f"Model Runner V2 does not yet support: {', '.join(unsupported)}")
+
+
+def use_model_runner_v2(vllm_config: VllmConfig) -> None:
+    """Let `vllm_config` choose Model Runner V2; with a GPU or a CPU Triton it does by itself."""
+    if current_platform.is_cpu() and not HAS_TRITON:
+        vllm_config.__class__ = VllmConfigWithoutTriton

@@ -1,0 +1,50 @@
+"""vLLM names outside its public interface, imported in this one place."""
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+__all__ = [
+    "AttentionCGSupport",
+    "AttentionGroup",
+    "BlockTables",
+    "CUDAGraphMode",
+    "DraftTokenIds",
+    "EncoderCache",
+    "EngineCoreOutputs",
+    "InputBatch",
+    "KVCacheConfig",
+    "ModelRunnerOutput",
+    "ModelState",
+    "NewRequestData",
+    "Qwen3ForCausalLM",
+    "Request",
+    "RequestSpecDecodeMetrics",
+    "RequestState",
+    "RequestStatus",
+    "Sampler",
+    "SamplerOutput",
+    "Scheduler",
+    "SchedulerOutput",
+    "WeightsMapper",
+    "async_tensor_h2d",
+    "build_attn_metadata",
+]

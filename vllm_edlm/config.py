@@ -1,0 +1,190 @@
+"""Configuration of the engine for block diffusion: the two hooks that vLLM calls."""
+
+import math
+from typing import Any
+
+from vllm.config import DiffusionConfig, ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_edlm.compat.request_checks import install_request_checks
+from vllm_edlm.compat.runner import use_model_runner_v2
+from vllm_edlm.options import (
+    DEFAULT_THRESHOLD,
+    PROMPT_ATTENTIONS,
+    REVEAL_RULES,
+    SERVER_OPTIONS,
+    Options,
+    check_choice,
+    check_count,
+    check_keys,
+    check_mask_token_id,
+    check_threshold,
+)
+
+logger = init_logger("vllm.edlm")
+
+SCHEDULER = "vllm_edlm.scheduler.BlockDiffusionScheduler"
+# KV pages longer than this waste memory at the end of every request.
+MAX_KV_PAGE = 256
+
+
+def configure_model(model_config: ModelConfig) -> None:
+    """Check the checkpoint's config.json and mark the model as a diffusion model.
+
+    vLLM calls this while it builds `ModelConfig` (`VerifyAndUpdateConfig`). It takes a model
+    for a diffusion model when its config has `canvas_length`.
+
+    Raises:
+        ValueError: config.json holds something that cannot be served, named in the message.
+    """
+    config = model_config.hf_config
+    check_mask_token_id(getattr(config, "mask_token_id", None), config.vocab_size)
+    check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
+    if (attention := getattr(config, "prompt_attention", None)) is not None:
+        check_choice("prompt_attention in config.json", attention, PROMPT_ATTENTIONS)
+    config.canvas_length = check_count(
+        "block_size (the block length) in config.json", getattr(config, "block_size", None)
+    )
+
+
+def resolve_options(vllm_config: VllmConfig) -> Options:
+    """Options of the served model: server options, then generation_config.json, then config.json.
+
+    Raises:
+        ValueError: an unknown key or a value out of range, named in the message.
+    """
+    hf_config = vllm_config.model_config.hf_config
+    server = _server_options(vllm_config)
+    generation = vllm_config.model_config.try_get_generation_config()
+    diffusion = vllm_config.diffusion_config
+    block_length = check_count(
+        "canvas_length (the block length)",
+        diffusion.canvas_length
+        if diffusion is not None
+        else generation.get("block_length", hf_config.block_size),
+    )
+    steps = diffusion.max_denoising_steps if diffusion is not None else None
+    if steps is None:
+        steps = generation.get("max_denoising_steps", block_length)
+    threshold = server.get("threshold", generation.get("threshold", DEFAULT_THRESHOLD))
+    attention = server.get("prompt_attention") or getattr(hf_config, "prompt_attention", None)
+    return Options(
+        block_length=block_length,
+        max_steps=check_count("max_denoising_steps", steps, block_length),
+        threshold=check_threshold("threshold", threshold),
+        mask_token_id=hf_config.mask_token_id,
+        bidirectional_prompt=attention in (None, "bidirectional"),
+    )
+
+
+def _server_options(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    server = additional.get("edlm", {}) if isinstance(additional, dict) else {}
+    if not isinstance(server, dict):
+        raise ValueError(f"additional_config: edlm must be an object, got {server!r}")
+    check_keys(server, SERVER_OPTIONS, "additional_config: edlm")
+    if "prompt_attention" in server:
+        check_choice("edlm.prompt_attention", server["prompt_attention"], PROMPT_ATTENTIONS)
+    if "reveal" in server:
+        check_choice("edlm.reveal", server["reveal"], REVEAL_RULES)
+    return server
+
+
+def configure_engine(vllm_config: VllmConfig) -> None:
+    """Set up diffusion config, scheduler, KV pages and runner (`VerifyAndUpdateConfig`).
+
+    Raises:
+        ValueError: an option that cannot be served, named in the message.
+    """
+    options = resolve_options(vllm_config)
+    _refuse_unsupported(vllm_config, options)
+    vllm_config.model_config.hf_config.canvas_length = options.block_length
+    vllm_config.diffusion_config = DiffusionConfig(
+        canvas_length=options.block_length, max_denoising_steps=options.max_steps
+    )
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    # The width of the next step depends on the outcome of this one.
+    vllm_config.scheduler_config.async_scheduling = False
+    vllm_config.attention_config.use_non_causal = True
+    if options.bidirectional_prompt:
+        _use_whole_prompts(vllm_config)
+    elif vllm_config.cache_config.enable_prefix_caching:
+        _fit_kv_page(vllm_config, options.block_length)
+    _default_to_greedy(vllm_config.model_config)
+    install_request_checks()
+    use_model_runner_v2(vllm_config)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "KV connectors": vllm_config.kv_transfer_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "dual-batch overlap": parallel.enable_dbo,
+        "async scheduling": scheduler.async_scheduling is True,
+        "a custom scheduler class": scheduler.scheduler_cls not in (None, SCHEDULER),
+        "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
+        "pooling": vllm_config.model_config.runner_type == "pooling",
+    }
+    for feature, wanted in refused.items():
+        if wanted:
+            raise ValueError(f"{feature} is not supported yet for block-diffusion models")
+    _check_token_budgets(vllm_config, options.block_length)
+
+
+def _check_token_budgets(vllm_config: VllmConfig, block_length: int) -> None:
+    scheduler = vllm_config.scheduler_config
+    budgets = {
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold or None,
+    }
+    for name, budget in budgets.items():
+        if budget is not None and budget < 2 * block_length:
+            raise ValueError(
+                f"{name} must be at least {2 * block_length}, two blocks of {block_length} "
+                f"positions (one step may hold a complete block and the open one), got {budget}"
+            )
+
+
+def _use_whole_prompts(vllm_config: VllmConfig) -> None:
+    """A prompt that sees itself whole cannot be split, nor shared by its beginning."""
+    logger.info(
+        "prompt_attention is 'bidirectional': chunked prefill and prefix caching are off. "
+        "Models trained block-causally can be served with both by "
+        '--additional-config \'{"edlm": {"prompt_attention": "block_causal"}}\'.'
+    )
+    vllm_config.cache_config.enable_prefix_caching = False
+
+
+def _fit_kv_page(vllm_config: VllmConfig, block_length: int) -> None:
+    """Make KV pages hold whole blocks, so that a full page is a final one; else do not share."""
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:
+        page = cache.block_size
+    elif current_platform.is_cpu():
+        page = 128 if 128 % block_length == 0 else math.lcm(32, block_length)
+    else:
+        page = math.lcm(16, block_length)
+    if page % block_length or page > MAX_KV_PAGE:
+        logger.info(
+            "Prefix caching is off: KV pages of %d tokens cannot hold whole blocks of %d.",
+            page,
+            block_length,
+        )
+        cache.enable_prefix_caching = False
+        return
+    cache.block_size = page
+    cache.user_specified_block_size = True
+
+
+def _default_to_greedy(model_config: ModelConfig) -> None:
+    """Requests that name no temperature are greedy; sampling is not supported yet."""
+    if model_config.override_generation_config.get("temperature") is None:
+        model_config.override_generation_config["temperature"] = 0.0
+        logger.info("Requests that name no temperature are decoded at temperature 0.")

@@ -1,0 +1,56 @@
+"""The `EfficientDLM` architecture: vLLM's Qwen3 decoder with block-diffusion decoding."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from vllm_edlm.compat.cpu_kernels import install as install_cpu_kernels
+from vllm_edlm.compat.vllm_api import Qwen3ForCausalLM, WeightsMapper
+from vllm_edlm.model_state import BlockDiffusionModelState
+
+# Released checkpoints name the decoder `encoder` and its head `diffusion_head`.
+RELEASED_NAMES = WeightsMapper(
+    orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."}
+)
+
+
+class EfficientDLMForCausalLM(Qwen3ForCausalLM):
+    """Qwen3 backbone of a block-diffusion model.
+
+    Causality and denoising are not in the model: they lie in the attention rows and in the
+    sampler of its `ModelState` (vLLM: `get_model_state_cls`).
+    """
+
+    hf_to_vllm_mapper = RELEASED_NAMES | Qwen3ForCausalLM.hf_to_vllm_mapper
+
+    @staticmethod
+    def get_model_state_cls() -> type[BlockDiffusionModelState]:
+        """State class of Model Runner V2 for this model."""
+        install_cpu_kernels()
+        return BlockDiffusionModelState
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [T, V] for hidden states [T, D].
+
+        A step that only prefills has no row; the collective that gathers the vocabulary over
+        tensor-parallel ranks does not take an empty tensor on every backend.
+        """
+        if hidden_states.shape[0] == 0:
+            return hidden_states.new_empty(0, self.config.vocab_size)
+        return super().compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load either layout of names, the released one or plain Qwen3.
+
+        Raises:
+            ValueError: a tensor of the checkpoint that the model does not have, or one that
+                it lacks, named in the message.
+        """
+        loaded = super().load_weights(RELEASED_NAMES.apply(weights))
+        missing = {name for name, _ in self.named_parameters()} - loaded
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks the weights of {', '.join(sorted(missing))} "
+                "(vLLM's names; q_proj, k_proj, v_proj and gate_proj, up_proj are fused)"
+            )
+        return loaded

@@ -1,0 +1,188 @@
+"""Block diffusion on vLLM's Model Runner V2: what runs, what it attends to, what it yields."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from vllm_edlm.block_state import BlockState, Step
+from vllm_edlm.canvas import open_canvas
+from vllm_edlm.compat.vllm_api import (
+    AttentionCGSupport,
+    AttentionGroup,
+    CUDAGraphMode,
+    EncoderCache,
+    InputBatch,
+    KVCacheConfig,
+    ModelState,
+    NewRequestData,
+    RequestState,
+    Sampler,
+    async_tensor_h2d,
+    build_attn_metadata,
+)
+from vllm_edlm.config import resolve_options
+from vllm_edlm.options import request_options
+from vllm_edlm.sampler import BlockDiffusionSampler
+from vllm_edlm.virtual_rows import VirtualRows, virtual_rows
+
+
+class BlockDiffusionModelState(ModelState):
+    """State of a block-diffusion model in the runner (vLLM: `ModelState`).
+
+    A query of a request holds, in order: known positions whose KV is not final yet, among
+    them a block that the last step completed, and the open block. So the commit of one block
+    and the first denoise step of the next are one forward.
+    """
+
+    # Every token a step yields comes from the canvas, that is from vLLM's draft tokens.
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.options = resolve_options(vllm_config)
+        self.blocks = BlockState(self.max_num_reqs, self.options, device)
+        self.step: Step | None = None
+
+    def get_supported_generation_tasks(self) -> tuple[Any, ...]:
+        """Text generation only."""
+        return ("generate",)
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """No full CUDA graphs: the number of attention rows follows from the blocks."""
+        return AttentionCGSupport.NEVER, "block-diffusion rows"
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Take in a new or resumed request."""
+        params = new_req_data.sampling_params
+        extra_args = params.extra_args if params is not None else None
+        threshold, max_steps = request_options(extra_args, self.options)
+        self.blocks.add(
+            req_index,
+            new_req_data.prompt_len,
+            threshold,
+            max_steps,
+            open_block=getattr(new_req_data, "open_block", None),
+        )
+
+    def prepare_inputs_embeds(
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        req_states: RequestState,
+    ) -> Tensor | None:
+        """The model embeds token ids itself."""
+        return None
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Nothing beyond the runner's own inputs."""
+        return {}
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Write the step's token ids: known tokens, then the open block's canvas."""
+        self.step = None
+        if not self._is_dummy(input_batch, req_states):
+            self.step = self.blocks.begin_step(input_batch)
+            self._open_canvases(self.step, req_states)
+            self._write_input_ids(self.step, input_batch, req_states)
+            # The scheduler keeps each canvas, so that preemption loses no revealed token.
+            input_batch.has_structured_output_reqs = True
+        return {}
+
+    @staticmethod
+    def _is_dummy(input_batch: InputBatch, req_states: RequestState) -> bool:
+        return input_batch.req_ids[0] not in req_states.req_id_to_index
+
+    def _open_canvases(self, step: Step, req_states: RequestState) -> None:
+        self.blocks.restore_canvases(req_states.draft_tokens)
+        req_states.draft_tokens[step.slots] = open_canvas(
+            req_states.draft_tokens[step.slots],
+            step.offset,
+            step.is_new,
+            self.options.mask_token_id,
+        )
+        # New tokens are appended at the runner's count of tokens; the scheduler's count rules.
+        denoises = step.width > step.offset
+        total = req_states.total_len.gpu
+        total[step.slots] = torch.where(denoises, step.known.to(total.dtype), total[step.slots])
+
+    def _write_input_ids(
+        self, step: Step, input_batch: InputBatch, req_states: RequestState
+    ) -> None:
+        num_tokens = input_batch.num_tokens
+        request = np.repeat(np.arange(input_batch.num_reqs), input_batch.num_scheduled_tokens)
+        request_T = async_tensor_h2d(request, device=self.device)
+        position_T = input_batch.positions[:num_tokens]
+        slot_T = step.slots[request_T]
+        entry_T = (position_T - step.block_start[request_T]).clamp_(
+            0, self.options.block_length - 1
+        )
+        input_batch.input_ids[:num_tokens] = torch.where(
+            position_T < step.known[request_T],
+            req_states.all_token_ids.gpu[slot_T, position_T],
+            req_states.draft_tokens[slot_T, entry_T].to(torch.int32),
+        )
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Attention metadata with one non-causal sequence per virtual row."""
+        slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        rows = virtual_rows(
+            input_batch.num_computed_tokens_np.astype(np.int64),
+            input_batch.num_scheduled_tokens.astype(np.int64),
+            self.blocks.origin[slots],
+            self.options.block_length,
+        )
+        return self._row_metadata(
+            rows, input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config
+        )
+
+    def _row_metadata(
+        self,
+        rows: VirtualRows,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+    ) -> dict[str, Any]:
+        request = async_tensor_h2d(rows.request, device=self.device)
+        query_start = rows.query_start.astype(np.int32)
+        kv_length = rows.kv_length.astype(np.int32)
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=len(rows.request),
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=async_tensor_h2d(query_start, device=self.device),
+            query_start_loc_cpu=torch.from_numpy(query_start),
+            max_query_len=int(np.diff(query_start).max()),
+            seq_lens=async_tensor_h2d(kv_length, device=self.device),
+            seq_lens_cpu_upper_bound=torch.from_numpy(kv_length),
+            max_seq_len=int(kv_length.max()),
+            block_tables=[table[request] for table in block_tables],
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            positions=input_batch.positions,
+            causal=False,
+        )
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any] | None:
+        """The sampler that denoises the canvases (vLLM: in place of `Sampler`)."""
+        return BlockDiffusionSampler(self, sampler.req_states), None
