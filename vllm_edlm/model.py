@@ -1,6 +1,6 @@
 """The `EfficientDLM` architecture: vLLM's Qwen3 decoder with block-diffusion decoding."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -44,13 +44,34 @@ class EfficientDLMForCausalLM(Qwen3ForCausalLM):
 
         Raises:
             ValueError: a tensor of the checkpoint that the model does not have, or one that
-                it lacks, named in the message.
+                the checkpoint lacks, named in the message.
         """
-        loaded = super().load_weights(RELEASED_NAMES.apply(weights))
-        missing = {name for name, _ in self.named_parameters()} - loaded
+        if self.quant_config is not None:  # Scales and zero points have names of their own.
+            return super().load_weights(RELEASED_NAMES.apply(weights))
+        missing = self._checkpoint_names()
+        loaded = super().load_weights(self._take_named(weights, missing))
         if missing:
-            raise ValueError(
-                f"the checkpoint lacks the weights of {', '.join(sorted(missing))} "
-                "(vLLM's names; q_proj, k_proj, v_proj and gate_proj, up_proj are fused)"
-            )
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
+
+    def _checkpoint_names(self) -> set[str]:
+        """Plain Qwen3 names of every tensor of the model, vLLM's fused ones taken apart."""
+        names = set()
+        for name, _ in self.named_parameters():
+            *module, layer, kind = name.split(".")
+            for part in self.packed_modules_mapping.get(layer, [layer]):
+                names.add(".".join([*module, part, kind]))
+        return names
+
+    def _take_named(
+        self, weights: Iterable[tuple[str, Tensor]], missing: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors under plain names and take these out of `missing`; refuse others."""
+        for name, tensor in weights:
+            plain_name = RELEASED_NAMES.map_name(name)
+            if plain_name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            if plain_name not in missing:
+                raise ValueError(f"the checkpoint's tensor {name} is not part of the model")
+            missing.remove(plain_name)
+            yield plain_name, tensor
