@@ -60,6 +60,8 @@ class Objective:
 class ConversionTrainer(Trainer):
     """Trains a `BlockDiffusionLM` on `PackedRows`."""
 
+    objective: Objective
+
     def __init__(
         self,
         model: BlockDiffusionLM,
