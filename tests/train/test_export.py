@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+import vllm_edlm.train.export as export_module
 from vllm_edlm.train.export import Layout, choose_mask_token, export, untie_head
 from vllm_edlm.train.trainer import Objective
 
@@ -59,13 +60,17 @@ def test_the_config_is_what_serving_reads(
 
 
 def test_a_missing_mask_token_is_added_with_a_row_for_it(
-    tiny_lm: Qwen3ForCausalLM, ar_directory: Path
+    tiny_lm: Qwen3ForCausalLM, ar_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ar_directory)
     tokenizer.mask_token = None
+    monkeypatch.setattr(export_module, "_MASK_TOKEN", "<|new|>")
     rows = tiny_lm.get_input_embeddings().num_embeddings
-    assert choose_mask_token(tokenizer, tiny_lm) == tokenizer.mask_token_id
-    assert tiny_lm.get_input_embeddings().num_embeddings >= rows
+    assert choose_mask_token(tokenizer, tiny_lm) == rows, "the next free id"
+    assert tokenizer.convert_tokens_to_ids("<|new|>") == rows
+    assert tiny_lm.get_input_embeddings().num_embeddings == rows + 1
+    assert tiny_lm.get_output_embeddings().weight.shape[0] == rows + 1
+    assert tiny_lm.config.vocab_size == rows + 1
 
 
 @pytest.mark.parametrize("mask_token_id", [-1, 10_000])
