@@ -5,7 +5,7 @@ masked position per step, some a few, some all.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,10 @@ class CheckpointSpec:
     config_overrides: dict[str, object] = field(default_factory=dict)
     missing_tensor: str | None = None
     unknown_tensor: str | None = None
+
+
+CheckpointFactory = Callable[[CheckpointSpec], Path]
+"""The `checkpoint` fixture: from a specification to the folder that holds it."""
 
 
 def write_checkpoint(path: Path, spec: CheckpointSpec) -> Path:

@@ -1,14 +1,13 @@
 """Fixtures for every test: random checkpoints, each written once a session."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import CheckpointSpec, write_checkpoint
+from checkpoints import CheckpointFactory, CheckpointSpec, write_checkpoint
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[CheckpointSpec], Path]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
     """Returns a function from a specification to the folder that holds it."""
     folder, written = tmp_path_factory.mktemp("checkpoints"), {}
 

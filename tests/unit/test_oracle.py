@@ -1,11 +1,15 @@
 """The oracle itself: its decoder against transformers, its rules against worked examples."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from checkpoints import EOS_ID, MASK_ID, VOCABULARY_SIZE, CheckpointSpec, tokenizer
+from checkpoints import (
+    EOS_ID,
+    MASK_ID,
+    VOCABULARY_SIZE,
+    CheckpointFactory,
+    CheckpointSpec,
+    tokenizer,
+)
 from oracle import Blocks, OracleResult, choose_reveals, generate, predict
 from oracle_model import OracleModel, causal_mask
 from transformers import AutoConfig, Qwen3ForCausalLM
@@ -14,7 +18,7 @@ PROMPT = torch.randint(5, 150, (29,), generator=torch.Generator().manual_seed(1)
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Callable[[CheckpointSpec], Path]) -> OracleModel:
+def model(checkpoint: CheckpointFactory) -> OracleModel:
     return OracleModel.load(checkpoint(CheckpointSpec()))
 
 
@@ -33,7 +37,7 @@ def decode(model: OracleModel, prompt: list[int], **changes: object) -> OracleRe
 
 @pytest.mark.parametrize("attention_bias", [False, True])
 def test_causal_forward_equals_transformers(
-    checkpoint: Callable[[CheckpointSpec], Path], attention_bias: bool
+    checkpoint: CheckpointFactory, attention_bias: bool
 ) -> None:
     path = checkpoint(
         CheckpointSpec("Qwen3ForCausalLM", "plain", attention_bias=attention_bias, seed=3)
@@ -45,7 +49,7 @@ def test_causal_forward_equals_transformers(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_both_layouts_hold_one_model(checkpoint: Callable[[CheckpointSpec], Path]) -> None:
+def test_both_layouts_hold_one_model(checkpoint: CheckpointFactory) -> None:
     encoder, plain = (
         OracleModel.load(checkpoint(CheckpointSpec(layout=layout)))
         for layout in ("encoder", "plain")
@@ -61,7 +65,7 @@ def test_tokenizer_round_trip() -> None:
 
 
 def test_stock_configuration_reads_the_released_style(
-    checkpoint: Callable[[CheckpointSpec], Path],
+    checkpoint: CheckpointFactory,
 ) -> None:
     config = AutoConfig.from_pretrained(checkpoint(CheckpointSpec(block_length=8)))
     assert (config.model_type, config.block_size, config.mask_token_id) == ("qwen3", 8, MASK_ID)

@@ -1,0 +1,63 @@
+"""Engines shared by the tests of a session: each start-up costs tens of seconds."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from checkpoints import CheckpointFactory, CheckpointSpec
+from harness import KV_PAGE, MAX_MODEL_LEN, Engine, Served
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_vllm() -> Iterator[None]:
+    """Engines in this process, with little memory and one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def compiled(checkpoint: CheckpointFactory) -> Engine:
+    """vLLM's defaults: compiled, prefix caching. `encoder.*` weights, block-causal."""
+    spec = CheckpointSpec(layout="encoder", prompt_attention="block_causal", seed=0)
+    return Engine.start(checkpoint(spec), Served(spec.block_length, "block_causal"))
+
+
+@pytest.fixture(scope="session")
+def crowded(checkpoint: CheckpointFactory) -> Engine:
+    """Eager; a token budget of four blocks and KV pages for little more than one request.
+
+    Plain weight names; the checkpoint leaves the prompt mode to the server's options.
+    """
+    spec = CheckpointSpec(layout="plain", prompt_attention=None, seed=1)
+    return Engine.start(
+        checkpoint(spec),
+        Served(spec.block_length, "block_causal", threshold=0.7),
+        enforce_eager=True,
+        max_num_batched_tokens=4 * spec.block_length,
+        max_num_seqs=4,
+        num_gpu_blocks_override=1 + math.ceil(MAX_MODEL_LEN / KV_PAGE),
+        enable_prefix_caching=False,
+        additional_config={"edlm": {"prompt_attention": "block_causal", "threshold": 0.7}},
+    )
+
+
+@pytest.fixture(scope="session")
+def bidirectional(checkpoint: CheckpointFactory) -> Engine:
+    """A checkpoint as released: no word about prompts, so they see themselves whole.
+
+    Served with another block length than its own, no divisor of a KV page.
+    """
+    spec = CheckpointSpec(layout="encoder", prompt_attention=None, block_length=16, seed=4)
+    return Engine.start(
+        checkpoint(spec),
+        Served(12, "bidirectional", max_steps=7),
+        enforce_eager=True,
+        diffusion_config={"canvas_length": 12, "max_denoising_steps": 7},
+    )

@@ -1,0 +1,158 @@
+"""An in-process engine beside the oracle, and a record of every forward it runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import EOS_ID, MASK_ID
+from oracle import OracleResult, generate
+from oracle_model import OracleModel
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.config import VllmConfig
+
+# The context ends inside a page and inside a block, whatever the block length.
+KV_PAGE = 32
+MAX_MODEL_LEN = 250
+SMALL_ENGINE = {
+    "dtype": "float32",
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
+    "block_size": KV_PAGE,
+    "num_gpu_blocks_override": 80,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random letters, no special tokens; equal seeds share their beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(5, 150, (MAX_MODEL_LEN,), generator=generator).tolist()[:length])
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One greedy request; `None` leaves an option to the server's default."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 24
+    threshold: float | None = 0.6
+    max_steps: int | None = None
+    ignore_eos: bool = True
+    stop_token_ids: tuple[int, ...] = ()
+
+    def sampling_params(self) -> SamplingParams:
+        options = {
+            "diffusion_threshold": self.threshold,
+            "diffusion_max_steps": self.max_steps,
+        }
+        return SamplingParams(
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=list(self.stop_token_ids),
+            extra_args={key: value for key, value in options.items() if value is not None},
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the server's options make of a request that names none."""
+
+    block_length: int
+    prompt_attention: str
+    threshold: float = 0.9
+    max_steps: int | None = None
+
+
+@dataclass
+class Step:
+    """One forward: query tokens per request, and the requests preempted before it."""
+
+    num_tokens: dict[str, int]
+    num_drafts: dict[str, int]
+    preempted: set[str]
+
+
+@dataclass
+class Engine:
+    """`vllm.LLM` over a random checkpoint; `steps` are the forwards since `steps.clear()`."""
+
+    served: Served
+    llm: LLM
+    oracle: OracleModel
+    steps: list[Step] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, path: Path, served: Served, **options: Any) -> "Engine":
+        llm = LLM(model=str(path), **(SMALL_ENGINE | options))
+        engine = cls(served, llm, OracleModel.load(path))
+        engine._record_steps()
+        return engine
+
+    def _record_steps(self) -> None:
+        executor = self.core.model_executor
+        execute = executor.execute_model
+
+        def recorded(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = scheduled.scheduled_spec_decode_tokens
+            self.steps.append(
+                Step(
+                    dict(scheduled.num_scheduled_tokens),
+                    {request: len(tokens) for request, tokens in drafts.items()},
+                    set(scheduled.preempted_req_ids or ()),
+                )
+            )
+            return execute(scheduled, *args, **kwargs)
+
+        executor.execute_model = recorded
+
+    @property
+    def core(self) -> Any:
+        """vLLM's EngineCore in this process: scheduler and executor."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def config(self) -> VllmConfig:
+        return self.llm.llm_engine.vllm_config
+
+    @property
+    def forwards(self) -> list[Step]:
+        """Recorded steps that ran any token."""
+        return [step for step in self.steps if step.num_tokens]
+
+    def generate(self, asks: Sequence[Ask]) -> list[RequestOutput]:
+        """Serve all of `asks` at once."""
+        self.steps.clear()
+        prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in asks]
+        params = [ask.sampling_params() for ask in asks]
+        return self.llm.generate(prompts, params, use_tqdm=False)
+
+    def expected(self, ask: Ask) -> OracleResult:
+        """What the oracle answers to `ask`."""
+        return generate(
+            self.oracle,
+            ask.prompt,
+            block_length=self.served.block_length,
+            mask_token_id=MASK_ID,
+            prompt_attention=self.served.prompt_attention,
+            max_tokens=ask.max_tokens,
+            max_model_len=MAX_MODEL_LEN,
+            threshold=self.served.threshold if ask.threshold is None else ask.threshold,
+            max_steps=ask.max_steps or self.served.max_steps,
+            eos_token_id=EOS_ID,
+            stop_token_ids=ask.stop_token_ids,
+            ignore_eos=ask.ignore_eos,
+        )
+
+    def assert_exact(self, asks: Sequence[Ask]) -> list[OracleResult]:
+        """Serve `asks` at once; every answer must be the oracle's, token for token."""
+        expected = [self.expected(ask) for ask in asks]
+        for ask, output, oracle in zip(asks, self.generate(asks), expected, strict=True):
+            got = output.outputs[0]
+            assert list(got.token_ids) == oracle.token_ids, (len(ask.prompt), ask)
+            assert got.finish_reason == oracle.finish_reason, (len(ask.prompt), ask)
+        return expected

@@ -1,0 +1,170 @@
+"""Bad input is an error that names the thing: at start-up, or for that one request."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import VOCABULARY_SIZE, CheckpointFactory, CheckpointSpec
+from harness import MAX_MODEL_LEN, SMALL_ENGINE, Ask, Engine, Served, prompt
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+
+def assert_not_loaded(path: Path, tensor: str) -> None:
+    """Start-up fails and names the tensor, under the checkpoint's name or under vLLM's."""
+    bare = tensor.removeprefix("encoder.").removeprefix("model.")
+    named = "(diffusion|lm)_head.weight" if "_head." in bare else re.escape(bare)
+    with pytest.raises(ValueError, match=named):
+        LLM(model=str(path), enforce_eager=True, **SMALL_ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("encoder", "encoder.layers.1.mlp.down_proj.weight"),
+        ("encoder", "encoder.layers.1.self_attn.k_proj.weight"),
+        ("encoder", "encoder.layers.0.mlp.up_proj.weight"),
+        ("encoder", "diffusion_head.weight"),
+        ("plain", "model.embed_tokens.weight"),
+        ("plain", "lm_head.weight"),
+    ],
+)
+def test_missing_tensor(checkpoint: CheckpointFactory, layout: str, name: str) -> None:
+    assert_not_loaded(checkpoint(CheckpointSpec(layout=layout, missing_tensor=name)), name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.layers.0.mlp.adapter.weight",
+        "encoder.layers.2.mlp.up_proj.weight",
+        "encoder.layers.0.self_attn.o_proj.bias",
+        "mtp.weight",
+    ],
+)
+def test_unknown_tensor(checkpoint: CheckpointFactory, name: str) -> None:
+    assert_not_loaded(checkpoint(CheckpointSpec(unknown_tensor=name)), name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("mask_token_id", VOCABULARY_SIZE, f"mask_token_id.*{VOCABULARY_SIZE}"),
+        ("mask_token_id", -1, "mask_token_id.*-1"),
+        ("mask_token_id", None, "mask_token_id.*None"),
+        ("block_size", 0, "block_size.*0"),
+        ("block_size", None, "block_size.*None"),
+        ("prompt_attention", "causal", "prompt_attention.*causal"),
+        ("dlm_type", "dream", "dlm_type.*dream"),
+    ],
+)
+def test_bad_configuration(checkpoint: CheckpointFactory, key: str, value: Any, named: str) -> None:
+    path = checkpoint(CheckpointSpec(config_overrides={key: value}))
+    with pytest.raises(ValueError, match=named):
+        EngineArgs(model=str(path), **SMALL_ENGINE).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"edlm": {"threshold": 0}}, "threshold.*0"),
+        ({"edlm": {"threshold": 1.5}}, r"threshold.*1\.5"),
+        ({"edlm": {"threshold": "x"}}, "threshold.*x"),
+        ({"edlm": {"threshold": math.nan}}, "threshold.*nan"),
+        ({"edlm": {"prompt_attention": "causal"}}, "prompt_attention.*causal"),
+        ({"edlm": {"reveal": "guess"}}, "reveal.*guess"),
+        ({"edlm": {"treshold": 0.5}}, "treshold"),
+        ({"edlm": 3}, "edlm.*3"),
+    ],
+)
+def test_bad_server_options(
+    checkpoint: CheckpointFactory, options: dict[str, Any], named: str
+) -> None:
+    args = EngineArgs(
+        model=str(checkpoint(CheckpointSpec())), additional_config=options, **SMALL_ENGINE
+    )
+    with pytest.raises(ValueError, match=named):
+        args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"canvas_length": 0}, "canvas_length"),
+        ({"canvas_length": 8, "max_denoising_steps": 0}, "max_denoising_steps.*0"),
+        ({"canvas_length": 8, "max_denoising_steps": 9}, "max_denoising_steps.*9"),
+        ({"canvas": 8}, "canvas"),
+    ],
+)
+def test_bad_diffusion_config(
+    checkpoint: CheckpointFactory, options: dict[str, Any], named: str
+) -> None:
+    path = checkpoint(CheckpointSpec())
+    with pytest.raises((ValueError, TypeError), match=named):
+        EngineArgs(model=str(path), diffusion_config=options, **SMALL_ENGINE).create_engine_config()
+
+
+BAD_EXTRA_ARGS = [
+    ({"diffusion_threshold": 0}, r"diffusion_threshold.*\(0, 1\].*0"),
+    ({"diffusion_threshold": 1.5}, r"diffusion_threshold.*\(0, 1\].*1\.5"),
+    ({"diffusion_threshold": "x"}, r"diffusion_threshold.*\(0, 1\].*x"),
+    ({"diffusion_threshold": math.nan}, r"diffusion_threshold.*\(0, 1\].*nan"),
+    ({"diffusion_threshold": True}, "diffusion_threshold.*True"),
+    ({"diffusion_threshold": None}, "diffusion_threshold.*None"),
+    ({"diffusion_max_steps": 0}, "diffusion_max_steps.*1.*8.*0"),
+    ({"diffusion_max_steps": 9}, "diffusion_max_steps.*1.*8.*9"),
+    ({"diffusion_max_steps": 2.5}, r"diffusion_max_steps.*2\.5"),
+    ({"diffusion_treshold": 0.5}, "diffusion_treshold"),
+]
+UNSUPPORTED = [
+    {"temperature": 0.7},
+    {"presence_penalty": 0.5},
+    {"frequency_penalty": 0.5},
+    {"repetition_penalty": 1.2},
+    {"min_tokens": 3},
+    {"logit_bias": {7: 1.0}},
+    {"bad_words": ["a"]},
+    {"allowed_token_ids": [7]},
+    {"logprobs": 1},
+    {"prompt_logprobs": 1},
+]
+
+
+def assert_refused(engine: Engine, params: SamplingParams, named: str) -> None:
+    """A good request, then the bad one: the call fails, and the good one is served again."""
+    good = Ask(prompt(20, seed=80))
+    prompts = [{"prompt_token_ids": list(good.prompt)}] * 2
+    with pytest.raises(VLLMValidationError, match=named):
+        engine.llm.generate(prompts, [good.sampling_params(), params], use_tqdm=False)
+    engine.assert_exact([good])
+
+
+@pytest.mark.parametrize(("extra_args", "named"), BAD_EXTRA_ARGS)
+def test_bad_request_option(compiled: Engine, extra_args: dict[str, Any], named: str) -> None:
+    assert_refused(compiled, SamplingParams(temperature=0, extra_args=extra_args), named)
+
+
+@pytest.mark.parametrize("option", UNSUPPORTED, ids=lambda option: next(iter(option)))
+def test_unsupported_parameter(compiled: Engine, option: dict[str, Any]) -> None:
+    assert_refused(compiled, SamplingParams(**({"temperature": 0} | option)), next(iter(option)))
+
+
+@pytest.mark.parametrize("name", ["compiled", "crowded", "bidirectional"])
+def test_prompt_longer_than_the_context(request: pytest.FixtureRequest, name: str) -> None:
+    engine = request.getfixturevalue(name)
+    too_long = {"prompt_token_ids": [*prompt(MAX_MODEL_LEN), 7]}
+    with pytest.raises(VLLMValidationError, match=str(MAX_MODEL_LEN)):
+        engine.llm.generate(too_long, SamplingParams(temperature=0), use_tqdm=False)
+    engine.assert_exact([Ask(prompt(20, seed=81))])
+
+
+def test_bidirectional_prompt_longer_than_a_step(checkpoint: CheckpointFactory) -> None:
+    """It cannot be cut, so it is refused; one that just fits is served."""
+    spec = CheckpointSpec(prompt_attention="bidirectional", seed=4)
+    options = {"enforce_eager": True, "max_num_batched_tokens": 64}
+    engine = Engine.start(checkpoint(spec), Served(spec.block_length, "bidirectional"), **options)
+    with pytest.raises(VLLMValidationError, match=r"65.*64.*block_causal"):
+        engine.generate([Ask(prompt(65, seed=82))])
+    engine.assert_exact([Ask(prompt(64, seed=82)), Ask(prompt(63, seed=83)), Ask(prompt(9))])

@@ -1,0 +1,74 @@
+"""Which options the engine ends up with, read from vLLM's own configuration."""
+
+from typing import Any
+
+import pytest
+from checkpoints import CheckpointFactory, CheckpointSpec
+from harness import SMALL_ENGINE
+from vllm import EngineArgs
+from vllm.config import VllmConfig
+
+
+def configured(checkpoint: CheckpointFactory, spec: CheckpointSpec, **options: Any) -> VllmConfig:
+    args = EngineArgs(model=str(checkpoint(spec)), **(SMALL_ENGINE | options))
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize("block_length", [8, 12, 24, 32, 48])
+@pytest.mark.parametrize("page", [None, 32])
+def test_shared_kv_pages_hold_whole_blocks(
+    checkpoint: CheckpointFactory, block_length: int, page: int | None
+) -> None:
+    spec = CheckpointSpec(block_length=block_length)
+    cache = configured(checkpoint, spec, block_size=page).cache_config
+    fits = cache.block_size % block_length == 0
+    assert cache.enable_prefix_caching == fits
+    if page is not None:
+        assert cache.block_size == page
+    elif block_length != 48:
+        assert fits
+
+
+@pytest.mark.parametrize(
+    ("in_checkpoint", "in_server", "bidirectional"),
+    [
+        (None, None, True),
+        ("bidirectional", None, True),
+        ("block_causal", None, False),
+        ("block_causal", "bidirectional", True),
+        ("bidirectional", "block_causal", False),
+    ],
+)
+def test_prompt_mode_of_server_before_checkpoint(
+    checkpoint: CheckpointFactory,
+    in_checkpoint: str | None,
+    in_server: str | None,
+    bidirectional: bool,
+) -> None:
+    """A bidirectional prompt is neither cut nor shared."""
+    options = {} if in_server is None else {"edlm": {"prompt_attention": in_server}}
+    spec = CheckpointSpec(prompt_attention=in_checkpoint)
+    config = configured(checkpoint, spec, additional_config=options)
+    assert config.cache_config.enable_prefix_caching != bidirectional
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "expected"),
+    [
+        (None, (8, 8)),
+        ({"canvas_length": 4}, (4, 4)),
+        ({"canvas_length": 8, "max_denoising_steps": 3}, (8, 3)),
+    ],
+)
+def test_block_length_and_steps_of_server_before_checkpoint(
+    checkpoint: CheckpointFactory, diffusion: dict[str, int] | None, expected: tuple[int, int]
+) -> None:
+    config = configured(checkpoint, CheckpointSpec(), diffusion_config=diffusion).diffusion_config
+    assert (config.canvas_length, config.max_denoising_steps) == expected
+
+
+def test_no_remote_code(checkpoint: CheckpointFactory) -> None:
+    """The checkpoint names code of its own (`auto_map`), which is neither there nor needed."""
+    config = configured(checkpoint, CheckpointSpec())
+    assert not config.model_config.trust_remote_code
+    assert config.use_v2_model_runner
