@@ -1,5 +1,5 @@
 # Everything runs from .venv, which `make setup` makes. Other targets set up by themselves.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,7 +16,7 @@ $(READY): pyproject.toml vllm_edlm/compat/environment.py
 
 # Serves the committed checkpoint, asks it real questions over the OpenAI API, stops the server.
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest
@@ -29,6 +29,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Trains tiny-math and converts it: under four hours on two cores; goes on where it stopped.
+tiny-math: setup
+	PYTHON=$(BIN)/python examples/convert/tiny_math.sh
+
+# Measures both models as served by vLLM, into examples/checkpoints/tiny-math.
+tiny-math-figures: setup
+	$(BIN)/python -m examples.convert.evaluate
 
 clean:
 	rm -rf $(VENV) build *.egg-info

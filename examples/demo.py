@@ -1,10 +1,11 @@
 """Serve tiny-math with `vllm serve`, ask it questions over the OpenAI API, stop the server.
 
-Usage: python examples/demo.py [--model DIR] [--port N]
+The questions are held out: none like them, numbers and all, was in the training data.
+
+Usage: python -m examples.demo [--model DIR] [--port N]
 """
 
 import argparse
-import os
 import socket
 import subprocess
 import sys
@@ -16,15 +17,14 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
+from examples.convert.word_problems import Problem, grade, problems
+
 TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
 NAME = "tiny-math"
 START_SECONDS = 600
 LOG = Path("runs") / "demo-server.log"
-QUESTIONS = (
-    "Tom has 12 apples. He buys 7 more apples. How many apples does he have now?",
-    "Mia has 31 books. She gives away 9 books. How many books does she have now?",
-    "Ben has 4 boxes with 6 pens in each box. How many pens does he have?",
-)
+NUM_QUESTIONS = 4
+HELDOUT_SEED = 7
 
 
 def free_port() -> int:
@@ -39,12 +39,12 @@ def served(model: str, port: int) -> Iterator[str]:
     """Run `vllm serve` until the block ends; yields the address once it answers."""
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
-    # vLLM would take half of the machine's memory for the KV cache of so small a model.
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    # Without a size vLLM takes most of the memory of a CPU machine for the KV cache.
+    command += ["--kv-cache-memory-bytes", str(2**30)]
     LOG.parent.mkdir(exist_ok=True)
     with (
         LOG.open("w") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as server,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as server,
     ):
         try:
             wait_until_healthy(server, address := f"http://127.0.0.1:{port}")
@@ -71,41 +71,46 @@ def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
     raise RuntimeError(f"the server did not answer within {START_SECONDS} s; see {LOG}")
 
 
-def ask(client: OpenAI, question: str) -> None:
+def ask(client: OpenAI, problem: Problem) -> None:
     """Print the whole answer, then its tokens per forward."""
+    print(f"Q: {problem.question}")
     answer = client.chat.completions.create(
-        model=NAME, messages=[{"role": "user", "content": question}], max_tokens=128
+        model=NAME, messages=[{"role": "user", "content": problem.question}], max_tokens=128
     )
-    print(f"Q: {question}\nA: {answer.choices[0].message.content}")
+    text = answer.choices[0].message.content or ""
     assert answer.usage is not None
-    report(answer.usage.completion_tokens, answer.model_extra)
+    print(f"A: {text}")
+    report(text, problem, answer.usage.completion_tokens, answer.model_extra)
 
 
-def ask_streamed(client: OpenAI, question: str) -> None:
-    """Print the answer as it comes, a delta for each run of known tokens."""
-    print(f"Q: {question}\nA: ", end="")
+def ask_streamed(client: OpenAI, problem: Problem) -> None:
+    """Print the answer as it comes; a bar ends each delta, a run of tokens revealed together."""
+    print(f"Q: {problem.question}\nA: ", end="")
     stream = client.chat.completions.create(
         model=NAME,
-        messages=[{"role": "user", "content": question}],
+        messages=[{"role": "user", "content": problem.question}],
         max_tokens=128,
         stream=True,
         stream_options={"include_usage": True},
     )
+    text = ""
     for chunk in stream:
-        if chunk.choices:
-            print(chunk.choices[0].delta.content or "", end="|", flush=True)
-        elif chunk.usage is not None:
+        if chunk.choices and (delta := chunk.choices[0].delta.content):
+            text += delta
+            print(delta, end="|", flush=True)
+        if chunk.usage is not None:
             print()
-            report(chunk.usage.completion_tokens, chunk.model_extra)
+            report(text, problem, chunk.usage.completion_tokens, chunk.model_extra)
 
 
-def report(num_tokens: int, extra: dict[str, object] | None) -> None:
-    """Tokens per forward from the metrics that vLLM sends with each answer."""
+def report(answer: str, problem: Problem, num_tokens: int, extra: dict[str, object] | None) -> None:
+    """Grade the answer; tokens per forward come from the metrics vLLM sends with each answer."""
     metrics = (extra or {}).get("metrics")
     assert isinstance(metrics, dict), "the server sent no metrics"
     forwards = metrics["speculative_decoding"]["num_spec_steps"]
-    per_forward = num_tokens / forwards
-    print(f"   {num_tokens} tokens, {forwards} forwards: {per_forward:.2f} tokens per forward\n")
+    verdict = "right" if grade(answer, problem.result) else f"wrong, it is {problem.result}"
+    print(f"   {verdict}; {num_tokens} tokens in {forwards} forwards:", end=" ")
+    print(f"{num_tokens / forwards:.2f} tokens per forward\n")
 
 
 def main() -> None:
@@ -117,9 +122,10 @@ def main() -> None:
     print(f"Starting vllm serve {args.model} (log: {LOG}) ...", flush=True)
     with served(args.model, args.port or free_port()) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        for question in QUESTIONS[:-1]:
-            ask(client, question)
-        ask_streamed(client, QUESTIONS[-1])
+        *asked, streamed = problems("heldout", HELDOUT_SEED, NUM_QUESTIONS)
+        for problem in asked:
+            ask(client, problem)
+        ask_streamed(client, streamed)
     print("The server has stopped.")
 
 

@@ -1,6 +1,6 @@
 """Offline generation with vLLM's `LLM`: questions in, answers with tokens per forward out.
 
-Usage: python examples/offline.py [--model DIR] [--threshold T] [QUESTION ...]
+Usage: python -m examples.offline [--model DIR] [--threshold T] [QUESTION ...]
 """
 
 import argparse
@@ -9,7 +9,10 @@ from pathlib import Path
 from vllm import LLM, RequestOutput, SamplingParams
 
 TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
-QUESTIONS = ("Tom has 12 apples. He buys 7 more apples. How many apples does he have now?",)
+QUESTIONS = (
+    "Tom has 35 coins. Tom buys 27 more and gives 18 to Eva. How many coins does Tom have now?",
+    "Ana has 6 boxes with 7 pens in each and finds 23 more. How many pens is that in all?",
+)
 
 
 def tokens_per_forward(output: RequestOutput) -> float:
@@ -27,8 +30,9 @@ def main() -> None:
     parser.add_argument("--model", default=str(TINY_MATH))
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0)
     args = parser.parse_args()
-    llm = LLM(model=args.model)
+    llm = LLM(model=args.model, kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30))
     params = SamplingParams(
         temperature=0,
         max_tokens=args.max_tokens,
