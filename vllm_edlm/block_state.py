@@ -36,7 +36,7 @@ class Step:
         steps_left: denoise steps the block may still take, this one included.
         is_new: bool, the block has had no denoise step.
         threshold: float32, the confidence that reveals a position.
-        num_open_np: [N] on the CPU, `width - offset`.
+        num_open_np: [N] on the CPU, rows of logits, one for each open position.
         offset_np: [N] on the CPU, `offset`.
     """
 
@@ -121,7 +121,8 @@ class BlockState:
         self.steps_done[slots] = steps_done + denoises
         steps_left = np.maximum(self.max_steps[slots] - steps_done, 1)
         offset = known - start
-        ints = np.stack([known, start, offset, offset + num_open, steps_left])
+        width = np.minimum(offset + num_open, self.options.block_length)
+        ints = np.stack([known, start, offset, width, steps_left])
         known_N, start_N, offset_N, width_N, steps_left_N = self._upload(ints)
         return Step(
             slots=batch.idx_mapping[: batch.num_reqs],

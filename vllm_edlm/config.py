@@ -43,6 +43,8 @@ def configure_model(model_config: ModelConfig) -> None:
     check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
     if (attention := getattr(config, "prompt_attention", None)) is not None:
         check_choice("prompt_attention in config.json", attention, PROMPT_ATTENTIONS)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError("layer_types in config.json: sliding_attention is not supported")
     config.canvas_length = check_count(
         "block_size (the block length) in config.json", getattr(config, "block_size", None)
     )
@@ -118,6 +120,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
 
 def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    model = vllm_config.model_config
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "LoRA adapters": vllm_config.lora_config is not None,
@@ -128,8 +131,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         "dual-batch overlap": parallel.enable_dbo,
         "async scheduling": scheduler.async_scheduling is True,
         "a custom scheduler class": scheduler.scheduler_cls not in (None, SCHEDULER),
-        "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
-        "pooling": vllm_config.model_config.runner_type == "pooling",
+        "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
+        "prompt embeddings": model.enable_prompt_embeds,
+        "pooling": model.runner_type == "pooling",
+        "trace replay": model.enable_trace_replay,
+        "a custom logits processor": bool(model.logits_processors),
     }
     for feature, wanted in refused.items():
         if wanted:

@@ -85,9 +85,11 @@ class BlockDiffusionSampler:
     def _cells(self, step: Step) -> Tensor:
         """[T] flat index into the canvases [N, B] of every row of logits."""
         num_open = step.num_open_np
-        first = np.arange(len(num_open)) * self.block_length + step.offset_np
         run_start = np.cumsum(num_open) - num_open
-        cell = np.repeat(first - run_start, num_open) + np.arange(num_open.sum())
+        entry = np.repeat(step.offset_np - run_start, num_open) + np.arange(num_open.sum())
+        # The runner's warm-up offers drafts past the end of a block; a scheduler never does.
+        entry = np.minimum(entry, self.block_length - 1)
+        cell = np.repeat(np.arange(len(num_open)) * self.block_length, num_open) + entry
         return async_tensor_h2d(cell, device=self.req_states.draft_tokens.device)
 
     def _empty_output(self, input_batch: InputBatch) -> SamplerOutput:
