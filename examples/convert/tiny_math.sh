@@ -16,7 +16,7 @@ fi
 if [ ! -f "$out/converted/model.safetensors" ]; then
     "$python" -m vllm_edlm.cli convert "$out/ar" --data "$out/train.jsonl" \
         --output "$out/converted" --block-length 16 --half-life-ratio 0.1 \
-        --row-length 64 --batch-size 64 --noise-copies 2 --steps 3000 \
+        --row-length 64 --batch-size 64 --noise-copies 2 --steps 1200 \
         --learning-rate 1.5e-3 --min-learning-rate-ratio 0.05 --warmup-steps 100 \
         --save-steps 250 --compile
 fi

@@ -83,6 +83,20 @@ def test_resuming_after_a_kill_gives_the_same_losses_and_weights(
     assert weights[0] == weights[1]
 
 
+def test_a_finished_training_is_only_exported_again(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    assert run_convert(ar_directory, problem_file, tmp_path / "out").exit_code == 0
+    exported = tmp_path / "out/model.safetensors"
+    before = exported.read_bytes()
+    exported.unlink()
+    losses.clear()
+    again = run_convert(ar_directory, problem_file, tmp_path / "out")
+    assert again.exit_code == 0, again.output
+    assert losses == []
+    assert exported.read_bytes() == before
+
+
 def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_kept(
     ar_directory: Path, problem_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from vllm_edlm.train.data import PackedRows, read_documents
@@ -19,7 +20,7 @@ from vllm_edlm.train.export import (
 )
 from vllm_edlm.train.model import BlockDiffusionLM
 from vllm_edlm.train.noise import NoiseKind
-from vllm_edlm.train.trainer import ConversionTrainer, Objective, last_checkpoint
+from vllm_edlm.train.trainer import ConversionTrainer, Objective, last_checkpoint, steps_done
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,19 @@ def convert(recipe: Recipe) -> None:
     export(recipe.output, causal_lm, tokenizer, objective, recipe.layout)
 
 
-def train(
-    model: BlockDiffusionLM, rows: PackedRows, objective: Objective, recipe: Recipe
-) -> ConversionTrainer:
+def train(model: BlockDiffusionLM, rows: PackedRows, objective: Objective, recipe: Recipe) -> None:
     """Run the training loop, or what is left of it; weights change in place."""
     if recipe.compile:
         # Only the backbone: the number of masked tokens, and so the head's shape, always changes.
         model.causal_lm.base_model.compile()
     arguments = training_arguments(recipe)
+    checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
+    if checkpoint and steps_done(checkpoint) >= recipe.steps:
+        # Stopped between the last step and the export: Trainer would take one step too many.
+        load_model(model, Path(checkpoint) / "model.safetensors")
+        return
     trainer = ConversionTrainer(model, arguments, rows, objective)
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(arguments.output_dir))))
-    return trainer
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

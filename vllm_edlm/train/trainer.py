@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,9 @@ def last_checkpoint(directory: Path) -> str | None:
     """The newest Trainer checkpoint in a directory, or None where there is none."""
     found: str | None = get_last_checkpoint(str(directory)) if directory.is_dir() else None
     return found
+
+
+def steps_done(checkpoint: str) -> int:
+    """The optimizer steps behind a Trainer checkpoint."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
