@@ -41,6 +41,8 @@ EMBEDDING_STD = 1.0
 HEAD_STD = 0.6
 ATTENTION_GAIN = 2.0
 QK_NORM_GAIN = 1.6
+# Else the mask token would hardly ever be the likeliest, and nobody would see it chosen.
+MASK_GAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ def random_weights(spec: CheckpointSpec) -> Iterator[tuple[str, Tensor]]:
         if name.endswith("norm.weight"):
             yield name, (QK_NORM_GAIN if "self_attn" in name else 1.0) + 0.1 * noise
         else:
-            yield name, noise * _std(name, shape)
+            tensor = noise * _std(name, shape)
+            if name == "head.weight":
+                tensor[MASK_ID] *= MASK_GAIN
+            yield name, tensor
 
 
 def _std(name: str, shape: tuple[int, ...]) -> float:

@@ -68,7 +68,7 @@ def test_chunked_prompts(crowded: Engine) -> None:
 def test_budget_too_small_for_all_open_blocks(crowded: Engine) -> None:
     """Four open blocks, each beside its commit, exceed the budget: some wait, whole."""
     budget = crowded.config.scheduler_config.max_num_batched_tokens
-    asks = [Ask(prompt(9 + i, seed=40 + i), max_tokens=40, threshold=0.01) for i in range(4)]
+    asks = [Ask(prompt(9 + i, seed=40 + i), max_tokens=40, threshold=1e-6) for i in range(4)]
     crowded.assert_exact(asks)
     totals = [sum(step.num_tokens.values()) for step in crowded.forwards]
     assert max(totals) <= budget

@@ -24,7 +24,7 @@ def streamed(engine: Engine, ask: Ask) -> list[list[int]]:
     return [run for run in runs if run]
 
 
-@pytest.mark.parametrize("threshold", [1.0, 0.6, 0.01])
+@pytest.mark.parametrize("threshold", [1.0, 0.6, 1e-6])
 def test_each_step_emits_the_new_known_run(engine: Engine, threshold: float) -> None:
     ask = Ask(prompt(21, seed=90), max_tokens=37, threshold=threshold)
     expected = [run for run in engine.expected(ask).emitted if run]
@@ -45,7 +45,7 @@ def inner_token(runs: list[list[int]]) -> int:
 
 
 def test_nothing_is_emitted_behind_a_stop(engine: Engine) -> None:
-    ask = Ask(prompt(21, seed=90), max_tokens=37, threshold=0.01)
+    ask = Ask(prompt(21, seed=90), max_tokens=37, threshold=1e-6)
     whole = [run for run in engine.expected(ask).emitted if run]
     stop = inner_token(whole)
     runs = streamed(engine, replace(ask, stop_token_ids=(stop,)))

@@ -8,7 +8,7 @@ from harness import MAX_MODEL_LEN, Ask, Engine, prompt
 from vllm import SamplingParams
 from vllm.config import CompilationMode
 
-THRESHOLDS = {"one": 1.0, "some": 0.6, "all": 0.01}
+THRESHOLDS = {"one": 1.0, "some": 0.6, "all": 1e-6}
 
 
 @pytest.fixture(params=["compiled", "bidirectional"])
@@ -124,7 +124,7 @@ def mixed(engine: Engine) -> list[Ask]:
         Ask(
             prompt(length, seed=10 + i),
             max_tokens=(9, 40, 17, 33, 24, 1, 48, 31)[i],
-            threshold=(0.6, 1.0, 0.01, None)[i % 4],
+            threshold=(0.6, 1.0, 1e-6, None)[i % 4],
             max_steps=(None, 3, 1)[i % 3],
             ignore_eos=i % 2 == 0,
         )

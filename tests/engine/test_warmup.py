@@ -19,6 +19,8 @@ def test_gpu_warmup_batches(compiled: Engine, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(SamplingParams, "for_sampler_warmup", lambda: greedy)
     worker = worker_of(compiled)
     runner = worker.model_runner
+    # The runner hears of finished requests with the next step: free their slots.
+    worker.execute_model(compiled.core.scheduler.schedule())
     steps = (worker.execute_model, worker.sample_tokens)
     warmup_kernels(runner, *steps)
     assert run_mixed_prefill_decode_warmup(runner, *steps, num_tokens=20)

@@ -1,0 +1,68 @@
+"""Random loads on engines short of everything: pages, slots and token budget."""
+
+import random
+
+import pytest
+from checkpoints import CheckpointFactory, CheckpointSpec
+from harness import KV_PAGE, Ask, Engine, Served, prompt
+
+# Least that holds a request of the longest context, and a little more.
+PAGES = 10
+CASES = {
+    "cached": ("block_causal", 8, {"max_num_batched_tokens": 64, "max_num_seqs": 4}),
+    "whole page": ("block_causal", KV_PAGE, {"max_num_batched_tokens": 100}),
+    "two slots": ("block_causal", 5, {"max_num_batched_tokens": 11, "max_num_seqs": 2}),
+    "whole prompts": ("bidirectional", 4, {"max_num_batched_tokens": 70}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def engine(request: pytest.FixtureRequest, checkpoint: CheckpointFactory) -> Engine:
+    mode, block_length, options = CASES[request.param]
+    spec = CheckpointSpec(prompt_attention=mode, block_length=block_length, seed=8)
+    options = {"enforce_eager": True, "num_gpu_blocks_override": PAGES, **options}
+    return Engine.start(checkpoint(spec), Served(block_length, mode), **options)
+
+
+def random_ask(rng: random.Random, block_length: int) -> Ask:
+    """Few seeds, so that prompts often share their beginning."""
+    lengths = (1, block_length, block_length + 1, KV_PAGE, 2 * KV_PAGE, rng.randint(1, 69))
+    return Ask(
+        prompt(rng.choice(lengths), seed=rng.randint(0, 2)),
+        max_tokens=rng.choice((rng.randint(1, 20), rng.randint(60, 150))),
+        threshold=rng.choice((1.0, 0.6, 0.3, 1e-6, None)),
+        max_steps=rng.choice((None, None, 1, min(3, block_length))),
+        ignore_eos=rng.random() < 0.7,
+        stop_token_ids=tuple(rng.sample(range(5, 150), rng.choice((0, 0, 6)))),
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load(engine: Engine, seed: int) -> None:
+    rng = random.Random(seed)
+    asks = [random_ask(rng, engine.served.block_length) for _ in range(rng.randint(4, 10))]
+    expected = engine.assert_exact(asks)
+    denoised = sum(len(step.num_drafts) for step in engine.forwards)
+    assert denoised == sum(sum(oracle.denoise_steps) for oracle in expected)
+
+
+def prefills(engine: Engine, request: str) -> list[int]:
+    """Query lengths of a request's forwards without open positions, one per (re)start."""
+    return [
+        step.num_tokens[request]
+        for step in engine.forwards
+        if request in step.num_tokens and not step.num_drafts.get(request)
+    ]
+
+
+def test_preempted_requests_find_their_pages_in_the_cache(checkpoint: CheckpointFactory) -> None:
+    """Some resume with less to compute than their prompt was, though they know more by then."""
+    spec = CheckpointSpec(seed=9)
+    served = Served(spec.block_length, "block_causal")
+    options = {"enforce_eager": True, "num_gpu_blocks_override": PAGES}
+    engine = Engine.start(checkpoint(spec), served, **options)
+    asks = [Ask(prompt(66 + i, seed=100 + i), max_tokens=80, threshold=1.0) for i in range(4)]
+    engine.assert_exact(asks)
+    preempted = {request for step in engine.forwards for request in step.preempted}
+    runs = [prefills(engine, request) for request in preempted]
+    assert any(0 < resumed < first for first, *again in runs for resumed in again)
