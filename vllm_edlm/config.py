@@ -132,6 +132,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         "async scheduling": scheduler.async_scheduling is True,
         "a custom scheduler class": scheduler.scheduler_cls not in (None, SCHEDULER),
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
+        "fast prefill by KV sharing": vllm_config.cache_config.kv_sharing_fast_prefill,
         "prompt embeddings": model.enable_prompt_embeds,
         "pooling": model.runner_type == "pooling",
         "trace replay": model.enable_trace_replay,

@@ -9,7 +9,8 @@ from examples.demo import free_port, wait_until_healthy
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```bash\n(?P<code>.*?)```", re.DOTALL)
-BLOCKS = [(m["mark"], m["code"]) for m in BLOCK.finditer((ROOT / "README.md").read_text())]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [(m["mark"], m["code"]) for m in BLOCK.finditer(README)]
 HERE = "run by: tests/server/test_readme.py"
 
 
@@ -38,9 +39,17 @@ def test_every_command_is_run_or_says_that_it_is_not() -> None:
     assert starts == ["make", "examples/serve.sh", "curl", ".venv/bin/python"], "one test for each"
 
 
+def test_figures_are_the_measured_ones() -> None:
+    measured = (ROOT / "examples/checkpoints/tiny-math/evaluation.md").read_text()
+    table = [line for line in measured.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 1 + 4, "a head, the AR model, four thresholds"
+    assert "\n".join(table) in README
+
+
 def test_demo() -> None:
     output = run(command("make demo"))
     assert output.count("tokens per forward") == 4
+    assert output.count("   right;") >= 3, output
     assert "The server has stopped." in output
 
 

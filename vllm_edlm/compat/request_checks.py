@@ -91,10 +91,18 @@ def _validate_prompt_len(
         return
     from vllm_edlm.config import resolve_options
 
-    budget = processor.scheduler_config.max_num_batched_tokens
+    scheduler = processor.scheduler_config
+    budgets = {
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+    }
+    name, budget = min(
+        ((name, tokens) for name, tokens in budgets.items() if tokens is not None),
+        key=lambda item: item[1],
+    )
     if resolve_options(processor.vllm_config).bidirectional_prompt and prompt_len > budget:
         raise VLLMValidationError(
-            f"The prompt (length {prompt_len}) is longer than max_num_batched_tokens={budget}; "
-            "with prompt_attention 'bidirectional' a prompt must run in one step. Raise "
-            "--max-num-batched-tokens or serve with prompt_attention 'block_causal'."
+            f"The prompt (length {prompt_len}) is longer than {name}={budget}; with "
+            "prompt_attention 'bidirectional' a prompt must run in one step. Raise "
+            f"{name} or serve with prompt_attention 'block_causal'."
         )
