@@ -4,21 +4,14 @@ import math
 from collections.abc import Iterator
 
 import pytest
-import torch
 from checkpoints import CheckpointFactory, CheckpointSpec
-from harness import KV_PAGE, MAX_MODEL_LEN, Engine, Served
+from harness import KV_PAGE, MAX_MODEL_LEN, Engine, Served, small_environment
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_vllm() -> Iterator[None]:
-    """Engines in this process, with little memory and one thread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def in_this_process() -> Iterator[None]:
+    """Engines that a test starts by itself run in its process, as the shared ones do."""
+    with small_environment():
         yield
 
 
@@ -31,7 +24,7 @@ def compiled(checkpoint: CheckpointFactory) -> Engine:
 
 @pytest.fixture(scope="session")
 def crowded(checkpoint: CheckpointFactory) -> Engine:
-    """Eager; a token budget of four blocks and KV pages for little more than one request.
+    """Eager; a token budget of four blocks and a bit, KV pages for the longest request alone.
 
     Plain weight names; the checkpoint leaves the prompt mode to the server's options.
     """
@@ -40,7 +33,7 @@ def crowded(checkpoint: CheckpointFactory) -> Engine:
         checkpoint(spec),
         Served(spec.block_length, "block_causal", threshold=0.7),
         enforce_eager=True,
-        max_num_batched_tokens=4 * spec.block_length,
+        max_num_batched_tokens=4 * spec.block_length + 3,
         max_num_seqs=4,
         num_gpu_blocks_override=1 + math.ceil(MAX_MODEL_LEN / KV_PAGE),
         enable_prefix_caching=False,

@@ -1,10 +1,12 @@
 """An in-process engine beside the oracle, and a record of every forward it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from checkpoints import EOS_ID, MASK_ID
 from oracle import OracleResult, generate
@@ -25,6 +27,21 @@ SMALL_ENGINE = {
     "disable_log_stats": False,
     "seed": 0,
 }
+
+
+@contextmanager
+def small_environment() -> Iterator[None]:
+    """Engines start in this process, with little memory and one thread.
+
+    It is left as soon as an engine has started: other tests run what users run, as they do.
+    """
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -88,7 +105,8 @@ class Engine:
 
     @classmethod
     def start(cls, path: Path, served: Served, **options: Any) -> "Engine":
-        llm = LLM(model=str(path), **(SMALL_ENGINE | options))
+        with small_environment():
+            llm = LLM(model=str(path), **(SMALL_ENGINE | options))
         engine = cls(served, llm, OracleModel.load(path))
         engine._record_steps()
         return engine

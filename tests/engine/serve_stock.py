@@ -7,7 +7,7 @@ engine is configured first, so that whatever the plugin changes in vLLM has been
 import json
 import sys
 
-from harness import SMALL_ENGINE, prompt
+from harness import SMALL_ENGINE, prompt, small_environment
 from vllm import LLM, EngineArgs, ModelRegistry, SamplingParams
 
 REQUESTS = [
@@ -37,4 +37,5 @@ def main(checkpoint: str, *diffusion: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with small_environment():
+        main(*sys.argv[1:])

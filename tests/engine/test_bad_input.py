@@ -106,6 +106,24 @@ def test_bad_diffusion_config(
         EngineArgs(model=str(path), diffusion_config=options, **SMALL_ENGINE).create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"async_scheduling": True}, "async"),
+        ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
+        ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
+    ],
+)
+def test_unsupported_feature(
+    checkpoint: CheckpointFactory, options: dict[str, Any], named: str
+) -> None:
+    args = EngineArgs(model=str(checkpoint(CheckpointSpec())), **(SMALL_ENGINE | options))
+    with pytest.raises((ValueError, NotImplementedError), match=named):
+        args.create_engine_config()
+
+
 BAD_EXTRA_ARGS = [
     ({"diffusion_threshold": 0}, r"diffusion_threshold.*\(0, 1\].*0"),
     ({"diffusion_threshold": 1.5}, r"diffusion_threshold.*\(0, 1\].*1\.5"),
@@ -160,11 +178,14 @@ def test_prompt_longer_than_the_context(request: pytest.FixtureRequest, name: st
     engine.assert_exact([Ask(prompt(20, seed=81))])
 
 
-def test_bidirectional_prompt_longer_than_a_step(checkpoint: CheckpointFactory) -> None:
+@pytest.mark.parametrize("budget", ["max_num_batched_tokens", "max_num_scheduled_tokens"])
+def test_bidirectional_prompt_longer_than_a_step(
+    checkpoint: CheckpointFactory, budget: str
+) -> None:
     """It cannot be cut, so it is refused; one that just fits is served."""
     spec = CheckpointSpec(prompt_attention="bidirectional", seed=4)
-    options = {"enforce_eager": True, "max_num_batched_tokens": 64}
-    engine = Engine.start(checkpoint(spec), Served(spec.block_length, "bidirectional"), **options)
+    served = Served(spec.block_length, "bidirectional")
+    engine = Engine.start(checkpoint(spec), served, enforce_eager=True, **{budget: 64})
     with pytest.raises(VLLMValidationError, match=r"65.*64.*block_causal"):
         engine.generate([Ask(prompt(65, seed=82))])
     engine.assert_exact([Ask(prompt(64, seed=82)), Ask(prompt(63, seed=83)), Ask(prompt(9))])
