@@ -53,8 +53,8 @@ def served(model: str, port: int) -> Iterator[str]:
             server.terminate()
 
 
-def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
-    """Return when /health answers.
+def wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: Path = LOG) -> None:
+    """Return when /health answers; `log` is where the server writes.
 
     Raises:
         RuntimeError: the server ended or did not answer in `START_SECONDS`.
@@ -62,13 +62,13 @@ def wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the server ended with status {server.returncode}; see {LOG}")
+            raise RuntimeError(f"the server ended with status {server.returncode}; see {log}")
         try:
             if httpx.get(f"{address}/health").is_success:
                 return
         except httpx.TransportError:
             time.sleep(1)
-    raise RuntimeError(f"the server did not answer within {START_SECONDS} s; see {LOG}")
+    raise RuntimeError(f"the server did not answer within {START_SECONDS} s; see {log}")
 
 
 def ask(client: OpenAI, problem: Problem) -> None:

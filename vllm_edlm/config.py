@@ -43,8 +43,8 @@ def configure_model(model_config: ModelConfig) -> None:
     check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
     if (attention := getattr(config, "prompt_attention", None)) is not None:
         check_choice("prompt_attention in config.json", attention, PROMPT_ATTENTIONS)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError("layer_types in config.json: sliding_attention is not supported")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError("use_sliding_window in config.json: sliding windows are not supported")
     config.canvas_length = check_count(
         "block_size (the block length) in config.json", getattr(config, "block_size", None)
     )

@@ -52,7 +52,7 @@ class BlockDiffusionSampler:
             whose KV is not final after the step; `sampled_token_ids` [N, B].
         """
         step = self.state.step
-        if step is None or len(step.num_open_np) != input_batch.num_reqs:
+        if step is None:
             return self._empty_output(input_batch)
         canvas = self.req_states.draft_tokens[step.slots]
         if logits.shape[0] > 0:

@@ -58,6 +58,7 @@ def test_unknown_tensor(checkpoint: CheckpointFactory, name: str) -> None:
         ("block_size", None, "block_size.*None"),
         ("prompt_attention", "causal", "prompt_attention.*causal"),
         ("dlm_type", "dream", "dlm_type.*dream"),
+        ("use_sliding_window", True, "use_sliding_window"),
     ],
 )
 def test_bad_configuration(checkpoint: CheckpointFactory, key: str, value: Any, named: str) -> None:

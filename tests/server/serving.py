@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from openai import OpenAI
 from oracle import OracleResult, generate
 from oracle_model import OracleModel
 
+from examples.demo import free_port, wait_until_healthy
+
 MAX_MODEL_LEN = 250
 NAME = "random"
-START_SECONDS = 300
 EDLM_OPTIONS = {"prompt_attention": "block_causal", "threshold": 0.7}
 
 
@@ -61,12 +60,6 @@ class Server:
         )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def serve(path: Path, spec: CheckpointSpec, log: Path) -> Iterator[Server]:
     """Run the server until the block ends."""
@@ -89,15 +82,3 @@ def serve(path: Path, spec: CheckpointSpec, log: Path) -> Iterator[Server]:
             yield Server(address, spec, OracleModel.load(path))
         finally:
             process.terminate()
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    """Return when the server answers; raise with the end of its log when it does not."""
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{address}/health").is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no server (status {process.poll()}):\n{log.read_text()[-4000:]}")
