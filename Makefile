@@ -30,7 +30,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Trains tiny-math and converts it: under four hours on two cores; goes on where it stopped.
+# Trains tiny-math and converts it: half an hour on two idle cores; goes on where it stopped.
 tiny-math: setup
 	PYTHON=$(BIN)/python examples/convert/tiny_math.sh
 
