@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+from examples.convert.evaluate import denoise_forwards
+
 TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
 QUESTIONS = (
     "Tom has 35 coins. Tom buys 27 more and gives 18 to Eva. How many coins does Tom have now?",
@@ -17,10 +19,10 @@ QUESTIONS = (
 
 def tokens_per_forward(output: RequestOutput) -> float:
     """Tokens emitted per denoise forward; the prompt's prefill is not counted."""
-    completion = output.outputs[0]
-    if completion.spec_decode_metrics is None:
+    forwards = denoise_forwards(output)
+    if forwards is None:
         raise ValueError(f"request {output.request_id} was not decoded by block diffusion")
-    return len(completion.token_ids) / sum(completion.spec_decode_metrics.histogram)
+    return len(output.outputs[0].token_ids) / forwards
 
 
 def main() -> None:

@@ -34,15 +34,15 @@ def open_canvas(
     Returns:
         [N, B].
     """
-    is_open_NB = entries(canvas_NB) >= offset_N[:, None]
-    was_emitted_NB = known_run(canvas_NB, offset_N, mask_token_id) & is_open_NB
+    was_emitted_NB = known_run(canvas_NB, offset_N, mask_token_id)
     return canvas_NB.masked_fill(is_new_N[:, None] | was_emitted_NB, mask_token_id)
 
 
 def known_run(canvas_NB: Tensor, offset_N: Tensor, mask_token_id: int) -> Tensor:
-    """[N, B] bool: entries up to the first mask at or behind `offset_N`."""
-    is_mask_NB = (canvas_NB == mask_token_id) & (entries(canvas_NB) >= offset_N[:, None])
-    return is_mask_NB.cumsum(dim=1) == 0
+    """[N, B] bool: entries from `offset_N` on up to the first mask."""
+    is_open_NB = entries(canvas_NB) >= offset_N[:, None]
+    is_mask_NB = (canvas_NB == mask_token_id) & is_open_NB
+    return is_open_NB & (is_mask_NB.cumsum(dim=1) == 0)
 
 
 def emitted_run(
@@ -54,8 +54,7 @@ def emitted_run(
         tokens [N, B], of which the first `count` of each row count, and count [N].
     """
     index_B = entries(canvas_NB)
-    run_NB = known_run(canvas_NB, offset_N, mask_token_id)
-    run_NB &= (index_B >= offset_N[:, None]) & (index_B < width_N[:, None])
+    run_NB = known_run(canvas_NB, offset_N, mask_token_id) & (index_B < width_N[:, None])
     source_NB = (index_B + offset_N[:, None]).clamp_(max=canvas_NB.shape[1] - 1)
     return canvas_NB.gather(1, source_NB), run_NB.sum(dim=1)
 

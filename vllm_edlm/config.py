@@ -101,7 +101,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     """
     options = resolve_options(vllm_config)
     _refuse_unsupported(vllm_config, options)
-    vllm_config.model_config.hf_config.canvas_length = options.block_length
+    # As served, for whatever reads the configuration later: every request's checks do.
+    hf_config = vllm_config.model_config.hf_config
+    hf_config.canvas_length = options.block_length
+    hf_config.prompt_attention = "bidirectional" if options.bidirectional_prompt else "block_causal"
     vllm_config.diffusion_config = DiffusionConfig(
         canvas_length=options.block_length, max_denoising_steps=options.max_steps
     )

@@ -87,10 +87,9 @@ def _validate_prompt_len(
 ) -> None:
     """Refuse a bidirectional prompt that does not fit into one step."""
     original(processor, prompt_len, prompt_type)
-    if not _is_ours(processor.model_config):
+    model_config = processor.model_config
+    if not _is_ours(model_config) or model_config.hf_config.prompt_attention != "bidirectional":
         return
-    from vllm_edlm.config import resolve_options
-
     scheduler = processor.scheduler_config
     budgets = {
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
@@ -100,7 +99,7 @@ def _validate_prompt_len(
         ((name, tokens) for name, tokens in budgets.items() if tokens is not None),
         key=lambda item: item[1],
     )
-    if resolve_options(processor.vllm_config).bidirectional_prompt and prompt_len > budget:
+    if prompt_len > budget:
         raise VLLMValidationError(
             f"The prompt (length {prompt_len}) is longer than {name}={budget}; with "
             "prompt_attention 'bidirectional' a prompt must run in one step. Raise "
