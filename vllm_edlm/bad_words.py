@@ -98,17 +98,19 @@ class WordIndex:
     ) -> "WordIndex":
         """Index pairs of a request and one of its words."""
         length = np.array([len(tokens) for _, tokens in words])
-        word = np.repeat(np.arange(len(words)), length)
-        last = np.cumsum(length) - 1
-        token = np.concatenate([tokens for _, tokens in words])
-        back = last[word] - np.arange(len(word))
-        request = np.array([request for request, _ in words])
-        parts = [np.asarray(part, np.int64) for part in (token, back, word, last, request)]
+        word_J = np.repeat(np.arange(len(words)), length)
+        last_W = np.cumsum(length) - 1
+        token_J = np.concatenate([tokens for _, tokens in words])
+        back_J = last_W[word_J] - np.arange(len(word_J))
+        request_W = np.array([request for request, _ in words])
+        arrays = (token_J, back_J, word_J, last_W, request_W)
         # One copy for all, from pinned memory: it waits for nothing.
-        flat = torch.from_numpy(np.concatenate(parts))
+        flat = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
         flat = flat.pin_memory() if device.type == "cuda" else flat
-        tensors = flat.to(device, non_blocking=True).split([len(part) for part in parts])
-        return WordIndex(*tensors, num_requests, int(length.max()) - 1)
+        parts = flat.to(device, non_blocking=True).split([len(array) for array in arrays])
+        token, back, word, last, request = parts
+        context = int(length.max()) - 1
+        return WordIndex(token, back, word, last, request, num_requests, context)
 
     def window(
         self,
