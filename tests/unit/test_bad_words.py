@@ -105,17 +105,17 @@ def window_of(index: WordIndex, cases: list[Case]) -> Tensor:
     )
 
 
-def masked_cells(cases: list[Case]) -> list[int]:
+def open_cells(cases: list[Case]) -> list[int]:
+    """Rows of logits come for revealed positions of the open part, too."""
     return [
         request * BLOCK_LENGTH + entry
         for request, case in enumerate(cases)
         for entry in range(case.offset, case.width)
-        if case.text[case.start + entry] is None
     ]
 
 
 def got_bans(banned: BannedTokens, cases: list[Case], rows_at_once: int) -> list[set]:
-    cells = masked_cells(cases)
+    cells = open_cells(cases)
     tiles = [cells[i : i + rows_at_once] for i in range(0, len(cells), rows_at_once)]
     bans: list[set] = [set() for _ in cases]
     for tile in tiles:
@@ -203,6 +203,12 @@ def test_the_surest_single_token_that_is_not_banned_completes_nothing(cases: lis
 def test_word_that_begins_before_the_block() -> None:
     case = Case([9, 1, 2, None, None], start=3, words=[[1, 2, 3]])
     assert expected_bans(case) == {(0, 3)}
+    assert_bans(case)
+
+
+def test_word_that_begins_in_the_known_part_of_the_block() -> None:
+    case = Case([1, 2, 1, None, 2], start=1, offset=2, words=[[2, 1, 1], [0, 0, 2], [1, 1, 2]])
+    assert expected_bans(case) == {(2, 1)}
     assert_bans(case)
 
 
