@@ -75,7 +75,10 @@ def ask(client: OpenAI, problem: Problem) -> None:
     """Print the whole answer, then its tokens per forward."""
     print(f"Q: {problem.question}")
     answer = client.chat.completions.create(
-        model=NAME, messages=[{"role": "user", "content": problem.question}], max_tokens=128
+        model=NAME,
+        messages=[{"role": "user", "content": problem.question}],
+        max_tokens=128,
+        temperature=0,
     )
     text = answer.choices[0].message.content or ""
     assert answer.usage is not None
@@ -90,6 +93,7 @@ def ask_streamed(client: OpenAI, problem: Problem) -> None:
         model=NAME,
         messages=[{"role": "user", "content": problem.question}],
         max_tokens=128,
+        temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )

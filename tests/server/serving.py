@@ -1,4 +1,4 @@
-"""One `vllm serve` process over a random checkpoint, and its answers beside the oracle's."""
+"""`vllm serve` processes over a random checkpoint and over tiny-math, and clients of them."""
 
 import json
 import os
@@ -11,40 +11,75 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from checkpoints import EOS_ID, MASK_ID, CheckpointSpec
-from openai import OpenAI
+from checkpoints import EOS_ID, MASK_ID, VOCABULARY, CheckpointSpec, tokenizer
+from openai import AsyncOpenAI, OpenAI
 from oracle import OracleResult, generate
 from oracle_model import OracleModel
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from examples.demo import free_port, wait_until_healthy
+from examples.demo import TINY_MATH, free_port, wait_until_healthy
 
 MAX_MODEL_LEN = 250
 NAME = "random"
+TINY_NAME = "tiny-math"
 EDLM_OPTIONS = {"prompt_attention": "block_causal", "threshold": 0.7}
+# Beside the interpreter: the commands a user has after `pip install`.
+BIN = Path(sys.executable).parent
+REASONING_TAGS = ["<think>", "</think>"]
+TOOL_TAGS = ["<tool_call>", "</tool_call>"]
+# Chats are answers without reasoning unless a request asks for it.
+PARSERS = (
+    *("--enable-auto-tool-choice", "--reasoning-parser", "qwen3"),
+    *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
+)
+RANDOM_FLAGS = (
+    *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "8"),
+    *("--additional-config", json.dumps({"edlm": EDLM_OPTIONS})),
+    *(*PARSERS, "--tool-call-parser", "hermes"),
+    # So that a grammar can make the model say any text, reasoning included.
+    *("--structured-outputs-config", '{"enable_in_reasoning": true}'),
+)
+TINY_FLAGS = (
+    *("--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "16", "--enforce-eager"),
+    *(*PARSERS, "--tool-call-parser", "qwen3_coder"),
+)
 
 
 @dataclass(frozen=True)
 class Server:
-    """A served checkpoint; its options are `EDLM_OPTIONS`."""
+    """A running server and the name of its model."""
 
     address: str
-    spec: CheckpointSpec
-    oracle: OracleModel
+    name: str
 
     @property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
+    @property
+    def async_client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """Post JSON as Python writes it, NaN included, which client libraries refuse to send."""
         headers = {"Content-Type": "application/json"}
-        content = json.dumps({"model": NAME} | body)
+        content = json.dumps({"model": self.name} | body)
         return httpx.post(self.address + path, content=content, headers=headers, timeout=120)
 
     def counter(self, name: str) -> float:
         """A counter of /metrics, by its name there."""
         lines = httpx.get(f"{self.address}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+
+
+@dataclass(frozen=True)
+class RandomServer(Server):
+    """A served random checkpoint beside its oracle; its options are `EDLM_OPTIONS`."""
+
+    spec: CheckpointSpec
+    oracle: OracleModel
 
     def expected(self, prompt_ids: list[int], max_tokens: int, **options: Any) -> OracleResult:
         return generate(
@@ -60,25 +95,42 @@ class Server:
         )
 
 
+def random_tokenizer() -> PreTrainedTokenizerFast:
+    """The random checkpoint's tokenizer with two of its rare letters replaced by reasoning tags."""
+    fast = tokenizer()
+    content = json.loads(fast.backend_tokenizer.to_str())
+    ids = content["model"]["vocab"]
+    for letter, tag in zip(VOCABULARY[-3:-1], REASONING_TAGS, strict=True):
+        ids[tag] = ids.pop(letter)
+    fast._tokenizer = Tokenizer.from_str(json.dumps(content))
+    fast.add_tokens(REASONING_TAGS)
+    return fast
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of tiny-math with reasoning and tool tags in spare rows of its vocabulary."""
+    fast = AutoTokenizer.from_pretrained(TINY_MATH)
+    fast.add_tokens(REASONING_TAGS + TOOL_TAGS)
+    return fast
+
+
 @contextmanager
-def serve(path: Path, spec: CheckpointSpec, log: Path) -> Iterator[Server]:
-    """Run the server until the block ends."""
+def serve(path: Path, name: str, log: Path, *flags: str) -> Iterator[str]:
+    """Run `vllm serve` until the block ends; yields its address."""
     port = free_port()
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(path)),
-        *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
-        *("--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "8"),
-        *("--additional-config", json.dumps({"edlm": EDLM_OPTIONS})),
-    ]
-    # One thread: two processes with spinning threads on two cores crawl.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [str(BIN / "vllm"), "serve", str(path), "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with (
         log.open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment()) as process,
     ):
         try:
             wait_until_healthy(process, address := f"http://127.0.0.1:{port}", log)
-            yield Server(address, spec, OracleModel.load(path))
+            yield address
         finally:
             process.terminate()
+
+
+def environment() -> dict[str, str]:
+    """One thread: two processes with spinning threads on two cores crawl."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
