@@ -1,12 +1,18 @@
-"""NumPy twins of Model Runner V2's Triton index kernels, for CPUs without a Triton backend."""
+"""Twins of Model Runner V2's Triton kernels in NumPy and torch, for CPUs without Triton.
+
+The index kernels prepare a step and book its tokens; the sampler's turn logits into tokens and
+log-probabilities. Kernels of what this plugin does not use have none (speculative decoding, bad
+words, prompt log-probabilities).
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from . import block_table, input_batch
+from . import block_table, gumbel, input_batch, logits, logprobs, penalties
 
 _RUNNER = "vllm.v1.worker.gpu"
+_SAMPLER = f"{_RUNNER}.sample"
 TWINS: dict[str, Callable[..., None]] = {
     f"{_RUNNER}.input_batch._prepare_prefill_inputs_kernel": input_batch.prepare_prefill_inputs,
     f"{_RUNNER}.input_batch._prepare_pos_seq_lens_kernel": input_batch.prepare_pos_seq_lens,
@@ -23,6 +29,16 @@ TWINS: dict[str, Callable[..., None]] = {
     f"{_RUNNER}.input_batch._expand_idx_mapping_kernel": input_batch.expand_idx_mapping,
     f"{_RUNNER}.block_table._compute_slot_mappings_kernel": block_table.compute_slot_mappings,
     f"{_RUNNER}.buffer_utils._apply_write_kernel": block_table.apply_write,
+    f"{_RUNNER}.structured_outputs._apply_grammar_bitmask_kernel": logits.apply_grammar_bitmask,
+    f"{_SAMPLER}.gumbel._temperature_kernel": logits.temperature,
+    f"{_SAMPLER}.gumbel._gumbel_sample_kernel": gumbel.gumbel_sample,
+    f"{_SAMPLER}.min_p._min_p_kernel": logits.min_p,
+    f"{_SAMPLER}.logit_bias._bias_kernel": logits.bias,
+    f"{_SAMPLER}.penalties._penalties_kernel": penalties.penalties,
+    f"{_SAMPLER}.penalties._bincount_kernel": penalties.bincount,
+    f"{_SAMPLER}.logprob._topk_log_softmax_kernel": logprobs.topk_log_softmax,
+    f"{_SAMPLER}.logprob._ranks_kernel": logprobs.ranks,
+    f"{_SAMPLER}.logprob._fill_logprob_token_ids_kernel": logprobs.fill_logprob_token_ids,
 }
 """Qualified kernel name -> twin, as vLLM's kernel registry wants them."""
 
@@ -39,7 +55,7 @@ class GridKernel:
 
 @functools.cache
 def install() -> bool:
-    """Make Model Runner V2's index kernels run on this CPU.
+    """Make the kernels of Model Runner V2 and its sampler run on this CPU.
 
     Swaps the kernels for the whole process, once; later calls change nothing. It imports the
     runner's modules, so call it in the process that runs the model, after

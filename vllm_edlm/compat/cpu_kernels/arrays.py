@@ -1,6 +1,6 @@
-"""Array helpers that the CPU twins share: flat ragged ranges and views of raw memory."""
+"""Array helpers that the CPU twins share: ragged ranges, row tiles, bits, views of raw memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +37,31 @@ def spans(cumulative: torch.Tensor, num_rows: int) -> tuple[np.ndarray, np.ndarr
     """
     borders = cumulative.numpy()[: num_rows + 1]
     return borders[:-1], np.diff(borders)
+
+
+def row_tiles(num_rows: int, row_length: int, entries: int = 2**19) -> Iterator[slice]:
+    """Cut rows into tiles of at most `entries` entries, or of one row where that is longer.
+
+    What a twin makes for a tile then fits the cache of a core, and memory stays bounded for
+    [rows, vocabulary] logits of any height: 2 MiB a float32 temporary.
+    """
+    height = max(1, entries // max(row_length, 1))
+    for start in range(0, num_rows, height):
+        yield slice(start, min(start + height, num_rows))
+
+
+def unpack_bits(words: np.ndarray, count: int) -> np.ndarray:
+    """Bits of packed int32 words, lowest bit first, as vLLM packs sets of token ids.
+
+    Args:
+        words: [rows, >= 0] int32, each row contiguous.
+        count: bits wanted of a row; those beyond the words are unset.
+
+    Returns:
+        [rows, count] bool.
+    """
+    octets = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    return np.unpackbits(octets, axis=-1, count=count, bitorder="little").view(np.bool_)
 
 
 def int32_at(address: int, shape: Sequence[int]) -> np.ndarray:
