@@ -1,5 +1,7 @@
 """The oracle itself: its decoder against transformers, its rules against worked examples."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from checkpoints import (
@@ -10,8 +12,9 @@ from checkpoints import (
     CheckpointSpec,
     tokenizer,
 )
-from oracle import Blocks, OracleResult, choose_reveals, generate, predict
+from oracle import Blocks, OracleResult, generate
 from oracle_model import OracleModel, causal_mask
+from oracle_sampling import Sampling
 from transformers import AutoConfig, Qwen3ForCausalLM
 
 PROMPT = torch.randint(5, 150, (29,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -78,6 +81,12 @@ def test_masks_by_hand() -> None:
     assert whole_prompt == [[1, 1, 1, 0, 0, 0]] * 3 + [[1, 1, 1, 1, 1, 0]] * 2 + [[1] * 6]
 
 
+def test_causal_mask_by_hand() -> None:
+    """A prompt of three and a complete block of two, token by token; the open block of two."""
+    expected = [[int(j <= i) for j in range(7)] for i in range(5)] + [[1] * 7] * 2
+    assert Blocks(2, "causal", 3).mask(7).int().tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("prompt_attention", "known", "expected"),
     [
@@ -86,34 +95,13 @@ def test_masks_by_hand() -> None:
         ("bidirectional", 10, range(10, 18)),
         ("bidirectional", 17, range(10, 18)),
         ("bidirectional", 18, range(18, 20)),
+        ("causal", 17, range(10, 18)),
     ],
 )
 def test_open_block_and_the_short_last_one(
     prompt_attention: str, known: int, expected: range
 ) -> None:
     assert Blocks(8, prompt_attention, 10).open_block(known, max_model_len=20) == expected
-
-
-@pytest.mark.parametrize(
-    ("confidence", "threshold", "step", "max_steps", "expected"),
-    [
-        ([0.2, 0.9, 0.8], 0.8, 0, 3, {1, 2}),  # equal to the threshold counts
-        ([0.2, 0.5, 0.5], 0.9, 0, 3, {1}),  # none reaches it: the lowest of the most confident
-        ([0.2, 0.9, 0.8, 0.8, 0.1], 1.0, 0, 2, {1, 2, 3}),  # ceil(5/2) by the schedule
-        ([0.2, 0.3], 1.0, 1, 2, {0, 1}),  # the last step reveals all
-        ([0.95, 0.3, 0.91, 0.92], 0.9, 1, 3, {0, 2, 3}),  # the rule's choice is the larger
-    ],
-)
-def test_reveals_by_hand(
-    confidence: list[float], threshold: float, step: int, max_steps: int, expected: set[int]
-) -> None:
-    assert choose_reveals(confidence, threshold, step, max_steps) == expected
-
-
-def test_prediction_never_is_the_mask_but_counts_its_probability() -> None:
-    tokens, confidence = predict(torch.tensor([[1.0, 1.0, 5.0]]), mask_token_id=2)
-    assert tokens == [0]  # the lowest id of equals
-    assert confidence == pytest.approx([torch.tensor([1.0, 1.0, 5.0]).softmax(-1)[0].item()])
 
 
 @pytest.mark.parametrize("prompt_attention", ["block_causal", "bidirectional"])
@@ -171,3 +159,94 @@ def test_limits_cut_inside_a_block(model: OracleModel) -> None:
     assert by_tokens.finish_reason == by_length.finish_reason == "length"
     # A shorter last block is another computation: its tokens see fewer masks.
     assert by_tokens.token_ids[:3] == by_length.token_ids[:3]
+
+
+def test_equal_seeds_give_equal_answers(model: OracleModel) -> None:
+    answers = [
+        decode(model, PROMPT, sampling=Sampling(temperature=1.0, seed=seed)).token_ids
+        for seed in (7, 7, 8, 9)
+    ]
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers))) == 3
+
+
+def test_logits_are_those_of_the_revealing_step(model: OracleModel) -> None:
+    result = decode(model, PROMPT, max_steps=1)
+    ids = torch.tensor([*PROMPT, *result.token_ids])[: len(PROMPT) + 3]
+    assert len(result.raw_logits) == len(result.processed_logits) == len(result.token_ids)
+    whole = model.logits(
+        torch.cat((ids[: len(PROMPT)], torch.full((3,), MASK_ID))),
+        Blocks(8, "block_causal", 1).mask(32),
+    )
+    torch.testing.assert_close(torch.stack(result.raw_logits[:3]), whole[len(PROMPT) :])
+    for raw, processed in zip(result.raw_logits, result.processed_logits, strict=True):
+        changed = (raw != processed).nonzero().flatten().tolist()
+        assert changed == [MASK_ID]
+
+
+def test_no_bad_word_is_written_however_many_are_revealed_at_once(model: OracleModel) -> None:
+    options = {"max_steps": 1, "max_tokens": 40, "ignore_eos": True}
+    free = decode(model, PROMPT, **options).token_ids
+    words = tuple(pairwise(free))[3:20]
+    sampling = Sampling(bad_words=words)
+    result = decode(model, PROMPT, sampling=sampling, **options)
+    assert not set(words) & set(pairwise(result.token_ids))
+    assert 1 in result.revealed
+
+
+def test_min_tokens_put_off_the_end(model: OracleModel) -> None:
+    whole = decode(model, PROMPT, threshold=1.0, ignore_eos=True).token_ids
+    stop = [whole[4]]
+    result = decode(
+        model, PROMPT, threshold=1.0, stop_token_ids=stop, sampling=Sampling(min_tokens=9)
+    )
+    assert not {*stop, EOS_ID} & {*result.token_ids[:8]}
+    assert len(result.token_ids) >= 9
+
+
+def test_grammar_trims_what_it_refuses(model: OracleModel) -> None:
+    """Even and odd ids in turn, several at a time where they happen to fit."""
+
+    def alternating(output: list[int]) -> range:
+        return range(len(output) % 2, MASK_ID, 2)
+
+    options = {"rule": "prefix", "threshold": 0.05, "max_tokens": 40}
+    result = decode(model, PROMPT, grammar=alternating, ignore_eos=True, **options)
+    assert [token % 2 for token in result.token_ids] == [0, 1] * 20
+    runs = list(map(len, result.emitted))
+    assert min(runs) >= 1
+    assert any(n > 1 for n in runs)
+    assert any(n < revealed for n, revealed in zip(runs, result.revealed, strict=True))
+
+
+def test_shifted_rows_predict_the_next_position(model: OracleModel) -> None:
+    result = decode(model, PROMPT[:16], token_shift=True, max_steps=1, max_tokens=3)
+    ids = torch.tensor([*PROMPT[:16], *[MASK_ID] * 8])
+    rows = model.logits(ids, Blocks(8, "block_causal", 16).mask(24))[15:18]
+    torch.testing.assert_close(torch.stack(result.raw_logits), rows)
+
+
+def test_a_shifted_block_begins_in_its_first_step(model: OracleModel) -> None:
+    """Beside the surest position; unless that is the first one itself."""
+    result = decode(model, PROMPT[:16], token_shift=True, rule="steps", max_tokens=40)
+    firsts = [i for i, masked in enumerate(result.masked) if masked == 8]
+    assert len(firsts) == 5
+    assert all(result.emitted[i] for i in firsts)
+    assert 2 in {result.revealed[i] for i in firsts}
+
+
+@pytest.mark.parametrize("rule", ["margin", "entropy", "factor", "prefix", "steps"])
+def test_every_rule_decodes_otherwise(model: OracleModel, rule: str) -> None:
+    by_rule, by_confidence = (
+        decode(model, PROMPT, rule=name, threshold=0.5, max_tokens=40, ignore_eos=True)
+        for name in (rule, "confidence")
+    )
+    assert by_rule.revealed != by_confidence.revealed
+
+
+def test_prompt_modes_differ(model: OracleModel) -> None:
+    answers = {
+        tuple(decode(model, PROMPT, prompt_attention=mode, ignore_eos=True).token_ids)
+        for mode in ("block_causal", "bidirectional", "causal")
+    }
+    assert len(answers) == 3
