@@ -235,6 +235,12 @@ def test_word_longer_than_the_block() -> None:
     assert_bans(Case(case.text, start=3, words=[[0, *word]]), Case([None], words=[[0] * 40]))
 
 
+def test_word_of_which_nothing_is_known() -> None:
+    case = Case([None] * BLOCK_LENGTH, words=[[0, 1, 2, 0, 1]])
+    assert expected_bans(case) == set()
+    assert_bans(case)
+
+
 def test_word_that_would_end_behind_the_block_bans_nothing() -> None:
     case = Case([None, None, 1], words=[[1, 0]])
     assert expected_bans(case) == set()
