@@ -2,16 +2,14 @@
 
 An entry is a revealed token or the mask token; the mask token is never chosen, so it marks
 exactly the masked positions. Entries below `offset`, the known part of the block, have no
-meaning; entries from `width` on lie behind the end of a block cut short by the model's length.
+meaning; entries from `width` on lie behind the block's end: a request's block may be shorter
+than the served one, and the model's length may cut its last block short.
 
-Legend for shapes: N canvases, B entries in each, T tokens, V vocabulary.
+Legend for shapes: N canvases, B entries in each, R rows of logits, V vocabulary.
 """
 
 import torch
 from torch import Tensor
-
-# Rows of logits are turned into fp32 in tiles of at most this many bytes.
-TILE_BYTES = 64 * 2**20
 
 
 def entries(canvas_NB: Tensor) -> Tensor:
@@ -45,6 +43,12 @@ def known_run(canvas_NB: Tensor, offset_N: Tensor, mask_token_id: int) -> Tensor
     return is_open_NB & (is_mask_NB.cumsum(dim=1) == 0)
 
 
+def open_entries(canvas_NB: Tensor, offset_N: Tensor, width_N: Tensor) -> Tensor:
+    """[N, B] bool: the positions of each block that are not known, masked or revealed."""
+    index_B = entries(canvas_NB)
+    return (index_B >= offset_N[:, None]) & (index_B < width_N[:, None])
+
+
 def emitted_run(
     canvas_NB: Tensor, offset_N: Tensor, width_N: Tensor, mask_token_id: int
 ) -> tuple[Tensor, Tensor]:
@@ -59,26 +63,45 @@ def emitted_run(
     return canvas_NB.gather(1, source_NB), run_NB.sum(dim=1)
 
 
-def choose_tokens(logits_TV: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Greedy token and its confidence for every row of logits.
+def place(cell_R: Tensor, value_R: Tensor, canvas_NB: Tensor) -> Tensor:
+    """[N, B] with the rows' values in their cells, flat indices [R], and 0 elsewhere."""
+    placed = torch.zeros_like(canvas_NB, dtype=value_R.dtype)
+    placed.view(-1).scatter_(0, cell_R, value_R)
+    return placed
 
-    The mask token is never chosen; the confidence is the softmax probability of the chosen
-    token over the whole vocabulary. Ties go to the lowest token id. No [T, V] fp32 copy is
-    made: rows are processed in tiles of `TILE_BYTES`.
 
-    Returns:
-        token [T] int64, confidence [T] float32.
+def greedy_token(logits_RV: Tensor, mask_token_id: int) -> Tensor:
+    """[R] the likeliest token but the mask token, the lowest id on ties.
+
+    Changes `logits_RV` for a moment and restores it: no copy is made.
     """
-    num_rows, vocab_size = logits_TV.shape
-    token_T = torch.empty(num_rows, dtype=torch.int64, device=logits_TV.device)
-    confidence_T = torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device)
-    rows_per_tile = max(1, TILE_BYTES // (4 * vocab_size))
-    for start in range(0, num_rows, rows_per_tile):
-        tile = slice(start, start + rows_per_tile)
-        rows = logits_TV[tile].to(torch.float32, copy=True)
-        normaliser = rows.logsumexp(dim=1)
-        rows[:, mask_token_id] = -torch.inf
-        token_T[tile] = rows.argmax(dim=1)
-        chosen = rows.gather(1, token_T[tile, None]).squeeze(1)
-        confidence_T[tile] = (chosen - normaliser).exp()
-    return token_T, confidence_T
+    mask_logit_R = logits_RV[:, mask_token_id].clone()
+    logits_RV[:, mask_token_id] = -torch.inf
+    token_R = logits_RV.argmax(dim=1)
+    logits_RV[:, mask_token_id] = mask_logit_R
+    return token_R
+
+
+def confidence(logits_RV: Tensor, token_R: Tensor) -> Tensor:
+    """[R] float32 probability of each row's token, over the whole vocabulary.
+
+    A row in which every token is banned has confidence 0.
+
+    Args:
+        logits_RV: [R, V] float32.
+    """
+    chosen_R = logits_RV.gather(1, token_R[:, None]).squeeze(1)
+    return (chosen_R - logits_RV.logsumexp(dim=1)).exp().nan_to_num(0.0)
+
+
+def margin(logits_RV: Tensor, token_R: Tensor, mask_token_id: int) -> Tensor:
+    """[R] probability of each row's token less the largest of another one but the mask token."""
+    index_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    left_out_RV = (index_V == token_R[:, None]) | (index_V == mask_token_id)
+    second_R = logits_RV.masked_fill(left_out_RV, -torch.inf).argmax(dim=1)
+    return confidence(logits_RV, token_R) - confidence(logits_RV, second_R)
+
+
+def entropy(logits_RV: Tensor) -> Tensor:
+    """[R] entropy of each row's distribution, in nats."""
+    return torch.special.entr(logits_RV.softmax(dim=1)).sum(dim=1).nan_to_num(0.0)

@@ -9,22 +9,26 @@ from vllm.platforms import current_platform
 
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
+from vllm_edlm.compat.stat_loggers import install_stat_logger
+from vllm_edlm.family import normalise
 from vllm_edlm.options import (
-    DEFAULT_THRESHOLD,
     PROMPT_ATTENTIONS,
-    REVEAL_RULES,
     SERVER_OPTIONS,
     Options,
     check_choice,
     check_count,
     check_keys,
     check_mask_token_id,
-    check_threshold,
+    publish_options,
+    resolve_rule,
 )
 
 logger = init_logger("vllm.edlm")
 
 SCHEDULER = "vllm_edlm.scheduler.BlockDiffusionScheduler"
+# Released checkpoints carry no word on either.
+DEFAULT_RULE = "confidence"
+DEFAULT_PROMPT_ATTENTION = "bidirectional"
 # KV pages longer than this waste memory at the end of every request.
 MAX_KV_PAGE = 256
 
@@ -39,6 +43,7 @@ def configure_model(model_config: ModelConfig) -> None:
         ValueError: config.json holds something that cannot be served, named in the message.
     """
     config = model_config.hf_config
+    normalise(config)
     check_mask_token_id(getattr(config, "mask_token_id", None), config.vocab_size)
     check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
     if (attention := getattr(config, "prompt_attention", None)) is not None:
@@ -69,14 +74,19 @@ def resolve_options(vllm_config: VllmConfig) -> Options:
     steps = diffusion.max_denoising_steps if diffusion is not None else None
     if steps is None:
         steps = generation.get("max_denoising_steps", block_length)
-    threshold = server.get("threshold", generation.get("threshold", DEFAULT_THRESHOLD))
+    rule, threshold = resolve_rule(
+        server.get("reveal", generation.get("reveal", DEFAULT_RULE)),
+        server.get("threshold", generation.get("threshold")),
+    )
     attention = server.get("prompt_attention") or getattr(hf_config, "prompt_attention", None)
     return Options(
         block_length=block_length,
         max_steps=check_count("max_denoising_steps", steps, block_length),
-        threshold=check_threshold("threshold", threshold),
+        rule=rule,
+        threshold=threshold,
         mask_token_id=hf_config.mask_token_id,
-        bidirectional_prompt=attention in (None, "bidirectional"),
+        prompt_attention=attention or DEFAULT_PROMPT_ATTENTION,
+        token_shift=hf_config.token_shift,
     )
 
 
@@ -88,8 +98,8 @@ def _server_options(vllm_config: VllmConfig) -> dict[str, Any]:
     check_keys(server, SERVER_OPTIONS, "additional_config: edlm")
     if "prompt_attention" in server:
         check_choice("edlm.prompt_attention", server["prompt_attention"], PROMPT_ATTENTIONS)
-    if "reveal" in server:
-        check_choice("edlm.reveal", server["reveal"], REVEAL_RULES)
+    if "threshold" in server or "reveal" in server:
+        resolve_rule(server.get("reveal", DEFAULT_RULE), server.get("threshold"), "edlm.")
     return server
 
 
@@ -101,10 +111,9 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     """
     options = resolve_options(vllm_config)
     _refuse_unsupported(vllm_config, options)
-    # As served, for whatever reads the configuration later: every request's checks do.
     hf_config = vllm_config.model_config.hf_config
     hf_config.canvas_length = options.block_length
-    hf_config.prompt_attention = "bidirectional" if options.bidirectional_prompt else "block_causal"
+    publish_options(options, hf_config)
     vllm_config.diffusion_config = DiffusionConfig(
         canvas_length=options.block_length, max_denoising_steps=options.max_steps
     )
@@ -112,12 +121,12 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     # The width of the next step depends on the outcome of this one.
     vllm_config.scheduler_config.async_scheduling = False
     vllm_config.attention_config.use_non_causal = True
-    if options.bidirectional_prompt:
-        _use_whole_prompts(vllm_config)
+    if options.blocks_follow_prompt:
+        _switch_prefix_caching_off(vllm_config, options.prompt_attention)
     elif vllm_config.cache_config.enable_prefix_caching:
         _fit_kv_page(vllm_config, options.block_length)
-    _default_to_greedy(vllm_config.model_config)
     install_request_checks()
+    install_stat_logger()
     use_model_runner_v2(vllm_config)
 
 
@@ -126,7 +135,6 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     model = vllm_config.model_config
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
-        "LoRA adapters": vllm_config.lora_config is not None,
         "KV connectors": vllm_config.kv_transfer_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
@@ -144,6 +152,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     for feature, wanted in refused.items():
         if wanted:
             raise ValueError(f"{feature} is not supported yet for block-diffusion models")
+    if options.token_shift and options.prompt_attention == "bidirectional":
+        raise ValueError(
+            "prompt_attention must be block_causal or causal for a model with token shift, "
+            "got 'bidirectional'"
+        )
     _check_token_budgets(vllm_config, options.block_length)
 
 
@@ -162,12 +175,16 @@ def _check_token_budgets(vllm_config: VllmConfig, block_length: int) -> None:
             )
 
 
-def _use_whole_prompts(vllm_config: VllmConfig) -> None:
-    """A prompt that sees itself whole cannot be split, nor shared by its beginning."""
+def _switch_prefix_caching_off(vllm_config: VllmConfig, prompt_attention: str) -> None:
+    """KV pages do not end where blocks do if the blocks begin at the prompt's end, and a prompt
+    that sees itself whole cannot be shared by its beginning, nor split."""
+    whole = prompt_attention == "bidirectional"
     logger.info(
-        "prompt_attention is 'bidirectional': chunked prefill and prefix caching are off. "
-        "Models trained block-causally can be served with both by "
-        '--additional-config \'{"edlm": {"prompt_attention": "block_causal"}}\'.'
+        "prompt_attention is %r: %sprefix caching is off. Models trained block-causally can be "
+        "served with both chunked prefill and prefix caching by "
+        '--additional-config \'{"edlm": {"prompt_attention": "block_causal"}}\'.',
+        prompt_attention,
+        "chunked prefill and " if whole else "",
     )
     vllm_config.cache_config.enable_prefix_caching = False
 
@@ -191,10 +208,3 @@ def _fit_kv_page(vllm_config: VllmConfig, block_length: int) -> None:
         return
     cache.block_size = page
     cache.user_specified_block_size = True
-
-
-def _default_to_greedy(model_config: ModelConfig) -> None:
-    """Requests that name no temperature are greedy; sampling is not supported yet."""
-    if model_config.override_generation_config.get("temperature") is None:
-        model_config.override_generation_config["temperature"] = 0.0
-        logger.info("Requests that name no temperature are decoded at temperature 0.")

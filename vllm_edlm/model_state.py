@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 
 from vllm_edlm.block_state import BlockState, Step
 from vllm_edlm.canvas import open_canvas
+from vllm_edlm.compat.lora import install_lora_mask, map_logits_rows
 from vllm_edlm.compat.vllm_api import (
     AttentionCGSupport,
     AttentionGroup,
@@ -23,8 +24,8 @@ from vllm_edlm.compat.vllm_api import (
     async_tensor_h2d,
     build_attn_metadata,
 )
-from vllm_edlm.config import resolve_options
-from vllm_edlm.options import request_options
+from vllm_edlm.logprobs import CanvasLogprobs
+from vllm_edlm.options import request_options, served_options
 from vllm_edlm.sampler import BlockDiffusionSampler
 from vllm_edlm.virtual_rows import VirtualRows, virtual_rows
 
@@ -48,9 +49,11 @@ class BlockDiffusionModelState(ModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.options = resolve_options(vllm_config)
+        self.options = served_options(vllm_config.model_config.hf_config)
         self.blocks = BlockState(self.max_num_reqs, self.options, device)
+        self.logprobs = CanvasLogprobs(self.max_num_reqs, self.options.block_length, device)
         self.step: Step | None = None
+        install_lora_mask(model)
 
     def get_supported_generation_tasks(self) -> tuple[Any, ...]:
         """Text generation only."""
@@ -63,13 +66,11 @@ class BlockDiffusionModelState(ModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Take in a new or resumed request."""
         params = new_req_data.sampling_params
-        extra_args = params.extra_args if params is not None else None
-        threshold, max_steps = request_options(extra_args, self.options)
+        assert params is not None, "pooling is refused at start-up"
         self.blocks.add(
             req_index,
             new_req_data.prompt_len,
-            threshold,
-            max_steps,
+            request_options(params.extra_args, self.options, params.structured_outputs is not None),
             open_block=getattr(new_req_data, "open_block", None),
         )
 
@@ -95,6 +96,11 @@ class BlockDiffusionModelState(ModelState):
             self._write_input_ids(self.step, input_batch, req_states)
             # The scheduler keeps each canvas, so that preemption loses no revealed token.
             input_batch.has_structured_output_reqs = True
+            if self.options.token_shift:
+                # The position before an open one predicts it, and is always in the query: a
+                # block's first step commits the block before it, and reveals its first position.
+                input_batch.logits_indices = input_batch.logits_indices - 1
+            map_logits_rows(self.model, input_batch.logits_indices)
         return {}
 
     @staticmethod
@@ -102,7 +108,12 @@ class BlockDiffusionModelState(ModelState):
         return input_batch.req_ids[0] not in req_states.req_id_to_index
 
     def _open_canvases(self, step: Step, req_states: RequestState) -> None:
-        self.blocks.restore_canvases(req_states.draft_tokens)
+        restored = self.blocks.take_restored()
+        for slot, block in restored.items():
+            req_states.draft_tokens[slot] = async_tensor_h2d(
+                list(block.canvas), dtype=req_states.draft_tokens.dtype, device=self.device
+            )
+        self.logprobs.restore(restored)
         req_states.draft_tokens[step.slots] = open_canvas(
             req_states.draft_tokens[step.slots],
             step.offset,
@@ -143,12 +154,15 @@ class BlockDiffusionModelState(ModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """Attention metadata with one non-causal sequence per virtual row."""
-        slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        layout = self.blocks.layout(input_batch)
+        end = layout.first + layout.length
+        open_start = np.where(layout.num_open > 0, layout.block_start, end)
         rows = virtual_rows(
-            input_batch.num_computed_tokens_np.astype(np.int64),
-            input_batch.num_scheduled_tokens.astype(np.int64),
-            self.blocks.origin[slots],
-            self.options.block_length,
+            layout.first,
+            layout.length,
+            self.blocks.origin[layout.slots],
+            self.blocks.block_length[layout.slots],
+            causal_until=open_start if self.options.has_causal_past else None,
         )
         return self._row_metadata(
             rows, input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config
@@ -185,4 +199,4 @@ class BlockDiffusionModelState(ModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Any, Any] | None:
         """The sampler that denoises the canvases (vLLM: in place of `Sampler`)."""
-        return BlockDiffusionSampler(self, sampler.req_states), None
+        return BlockDiffusionSampler(self, sampler), None

@@ -1,4 +1,4 @@
-"""Options of block-diffusion decoding: names, ranges and defaults. Pure Python.
+"""Options of block-diffusion decoding: names, ranges and defaults.
 
 The names are a contract with clients. A value out of range raises `ValueError` with the
 option's name, the value and what is allowed; the caller decides whether that is a start-up
@@ -6,14 +6,22 @@ error or a 400.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-DEFAULT_THRESHOLD = 0.9
-PROMPT_ATTENTIONS = ("block_causal", "bidirectional")
-REVEAL_RULES = ("confidence",)
+from vllm_edlm.reveal import RULES
+
+PROMPT_ATTENTIONS = ("block_causal", "bidirectional", "causal")
+REVEAL_RULES = tuple(RULES)
 SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal")
-REQUEST_OPTIONS = ("diffusion_threshold", "diffusion_max_steps")
+REQUEST_OPTIONS = (
+    "diffusion_threshold",
+    "diffusion_max_steps",
+    "diffusion_canvas_length",
+    "diffusion_reveal",
+)
+# The grammar is asked about the next token only: a constrained request goes left to right.
+CONSTRAINED_RULE = "prefix"
 
 
 @dataclass(frozen=True)
@@ -23,17 +31,54 @@ class Options:
     Attributes:
         block_length: B, positions denoised together.
         max_steps: S, denoise steps per block at most, 1..B.
-        threshold: confidence that reveals a position, in (0, 1].
+        rule: name of the reveal rule of requests that name none.
+        threshold: parameter of that rule, in (0, 1].
         mask_token_id: token id that stands for a masked position.
-        bidirectional_prompt: the prompt is one block that sees itself whole and generated
-            blocks start at its end; otherwise blocks lie on one grid from position 0.
+        prompt_attention: "block_causal": blocks lie on one grid from position 0;
+            "bidirectional": the prompt is one block that sees itself whole, and generated
+            blocks start at its end; "causal": everything known is token-causal, and generated
+            blocks start at the prompt's end.
+        token_shift: the logits of a position predict the next one.
     """
 
     block_length: int
     max_steps: int
+    rule: str
     threshold: float
     mask_token_id: int
-    bidirectional_prompt: bool
+    prompt_attention: str
+    token_shift: bool = False
+
+    @property
+    def blocks_follow_prompt(self) -> bool:
+        """Whether the grid of blocks starts at the prompt's end instead of position 0."""
+        return self.prompt_attention != "block_causal"
+
+    @property
+    def has_causal_past(self) -> bool:
+        """Whether positions outside the open block attend token-causally."""
+        return self.prompt_attention == "causal"
+
+
+def publish_options(options: Options, hf_config: Any) -> None:
+    """Write what is served to the model's configuration, which vLLM hands everywhere."""
+    # vLLM writes this configuration as JSON.
+    hf_config.edlm_options = asdict(options)
+
+
+def served_options(hf_config: Any) -> Options:
+    """Options of the served model, from its configuration."""
+    return Options(**hf_config.edlm_options)
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Resolved options of one request; see `Options`."""
+
+    block_length: int
+    max_steps: int
+    rule: str
+    threshold: float
 
 
 def check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
@@ -44,7 +89,7 @@ def check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str)
 
 
 def check_threshold(name: str, value: Any) -> float:
-    """Return `value` as a confidence threshold in (0, 1]."""
+    """Return `value` as a rule's threshold in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
     return float(value)
@@ -77,18 +122,70 @@ def check_mask_token_id(value: Any, vocab_size: int) -> int:
     return value
 
 
-def check_request(extra_args: Mapping[str, Any] | None, block_length: int) -> None:
-    """Check one request's `SamplingParams.extra_args` (over HTTP: `vllm_xargs`)."""
-    extra_args = extra_args or {}
-    check_keys(extra_args, REQUEST_OPTIONS, "extra_args / vllm_xargs")
-    if "diffusion_threshold" in extra_args:
-        check_threshold("diffusion_threshold", extra_args["diffusion_threshold"])
-    if "diffusion_max_steps" in extra_args:
-        check_count("diffusion_max_steps", extra_args["diffusion_max_steps"], block_length)
+def resolve_rule(rule: str, threshold: Any, prefix: str = "") -> tuple[str, float]:
+    """A rule and its threshold, the rule's default where `threshold` is None.
+
+    Args:
+        prefix: what stands before the two options' names, for error messages.
+
+    Raises:
+        ValueError: an unknown rule, a threshold out of range or for a rule that takes none.
+    """
+    default = RULES[check_choice(f"{prefix}reveal", rule, REVEAL_RULES)].default
+    if threshold is None:
+        return rule, default if default is not None else 1.0
+    if default is None:
+        raise ValueError(
+            f"{prefix}threshold must not be given with the reveal rule {rule!r}, which takes "
+            f"none, got {threshold!r}"
+        )
+    return rule, check_threshold(f"{prefix}threshold", threshold)
 
 
-def request_options(extra_args: Mapping[str, Any] | None, options: Options) -> tuple[float, int]:
-    """Threshold and denoise steps per block of a request that passed `check_request`."""
-    extra_args = extra_args or {}
-    threshold = float(extra_args.get("diffusion_threshold", options.threshold))
-    return threshold, int(extra_args.get("diffusion_max_steps", options.max_steps))
+def request_options(
+    extra_args: Mapping[str, Any] | None, options: Options, constrained: bool = False
+) -> RequestOptions:
+    """Options of one request from its `SamplingParams.extra_args` (over HTTP: `vllm_xargs`).
+
+    Args:
+        constrained: a grammar constrains the request's output.
+
+    Raises:
+        ValueError: an unknown option or a value out of range, named in the message.
+    """
+    asked = extra_args or {}
+    check_keys(asked, REQUEST_OPTIONS, "extra_args / vllm_xargs")
+    rule, threshold = _request_rule(asked, options, constrained)
+    count = {
+        name: check_count(name, asked.get(name, default), options.block_length)
+        for name, default in (
+            ("diffusion_canvas_length", options.block_length),
+            ("diffusion_max_steps", options.max_steps),
+        )
+    }
+    return RequestOptions(
+        count["diffusion_canvas_length"], count["diffusion_max_steps"], rule, threshold
+    )
+
+
+def _request_rule(
+    asked: Mapping[str, Any], options: Options, constrained: bool
+) -> tuple[str, float]:
+    default_rule = CONSTRAINED_RULE if constrained else options.rule
+    rule = asked.get("diffusion_reveal", default_rule)
+    if constrained and rule != CONSTRAINED_RULE:
+        raise ValueError(
+            f"diffusion_reveal must be {CONSTRAINED_RULE!r} with structured outputs, got {rule!r}"
+        )
+    if "diffusion_threshold" in asked:
+        check_threshold("diffusion_threshold", asked["diffusion_threshold"])
+    elif rule == options.rule:
+        return rule, options.threshold
+    return resolve_rule(rule, asked.get("diffusion_threshold"), "diffusion_")
+
+
+def block_length_of(extra_args: Mapping[str, Any] | None, options: Options) -> int:
+    """Block length of a request that has been admitted."""
+    if not extra_args:
+        return options.block_length
+    return int(extra_args.get("diffusion_canvas_length", options.block_length))

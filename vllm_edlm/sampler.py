@@ -1,20 +1,73 @@
 """One denoise step for every open block of a batch."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
 
-from vllm_edlm.block_state import Step
-from vllm_edlm.canvas import choose_tokens, emitted_run, entries
-from vllm_edlm.compat.vllm_api import InputBatch, RequestState, SamplerOutput, async_tensor_h2d
-from vllm_edlm.reveal import reveal
+from vllm_edlm import canvas as canvases
+from vllm_edlm.block_state import LogitsRows, Step
+from vllm_edlm.compat.vllm_api import InputBatch, LogprobsTensors, Sampler, SamplerOutput
+from vllm_edlm.logprobs import CanvasLogprobs
+from vllm_edlm.reveal import RULES, Measures, rank_positions, reveal, reveal_one
+from vllm_edlm.sampling import SamplingParameters
 
 if TYPE_CHECKING:
     from vllm_edlm.model_state import BlockDiffusionModelState
+
+# Rows of logits are turned into fp32 in tiles of at most this many bytes.
+TILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """What a tile's rows yield, all [R]; see `Choice`."""
+
+    token: Tensor
+    confidence: Tensor
+    margin: Tensor | None
+    entropy: Tensor | None
+    logprobs: LogprobsTensors | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token chosen for every open position, and what speaks for it.
+
+    Attributes:
+        token: [N, B] token ids.
+        measures: what the reveal rules look at.
+        logprobs: of every row of logits, if a request wants them.
+    """
+
+    token: Tensor
+    measures: Measures
+    logprobs: LogprobsTensors | None
+
+    @staticmethod
+    def joined(parts: Sequence[RowChoice], cell_T: Tensor, canvas_NB: Tensor) -> "Choice":
+        """Put the tiles' rows into their cells [T] of the canvases."""
+
+        def placed(values: Iterable[Tensor | None]) -> Tensor | None:
+            rows = [value for value in values if value is not None]
+            return canvases.place(cell_T, torch.cat(rows), canvas_NB) if rows else None
+
+        confidence = placed(part.confidence for part in parts)
+        token = placed(part.token for part in parts)
+        assert confidence is not None
+        assert token is not None
+        margin = placed(part.margin for part in parts)
+        entropy = placed(part.entropy for part in parts)
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+        return Choice(
+            token,
+            Measures(confidence, margin, entropy),
+            LogprobsTensors.cat(logprobs) if logprobs else None,
+        )
 
 
 class BlockDiffusionSampler:
@@ -23,23 +76,28 @@ class BlockDiffusionSampler:
     Stands in for vLLM's `Sampler` in Model Runner V2. The step that the model state has
     prepared says where each canvas lies.
 
-    Legend for shapes: N requests, B block length, T rows of logits (open positions).
+    Legend for shapes: N requests, B block length, T rows of logits (open positions), R rows of
+    a tile.
     """
 
-    # The runner counts output tokens for penalties only where this is a tensor.
+    # The runner counts output tokens for penalties only where this is a tensor; it would count
+    # tokens that the scheduler does not accept.
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
-    def __init__(self, state: "BlockDiffusionModelState", req_states: RequestState) -> None:
+    def __init__(self, state: "BlockDiffusionModelState", sampler: Sampler) -> None:
         self.state = state
-        self.req_states = req_states
-        self.block_length = state.options.block_length
+        self.req_states = sampler.req_states
         self.mask_token_id = state.options.mask_token_id
+        self.parameters = SamplingParameters(sampler, self.mask_token_id)
+        self.logprobs: CanvasLogprobs = state.logprobs
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """The model state takes each request's options; nothing is left to do."""
+        """Take a request's sampling parameters; its block options are the model state's."""
+        self.parameters.add_request(req_idx, sampling_params)
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """Bring new requests' parameters to the device."""
+        self.parameters.apply_staged_writes()
 
     def __call__(self, logits: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Denoise once.
@@ -59,10 +117,11 @@ class BlockDiffusionSampler:
             canvas = self._denoise(canvas, logits, step)
             self.req_states.draft_tokens[step.slots] = canvas
         seq_lens = input_batch.seq_lens[: input_batch.num_reqs]
-        tokens, count = emitted_run(canvas, step.offset, step.width, self.mask_token_id)
+        tokens, count = canvases.emitted_run(canvas, step.offset, step.width, self.mask_token_id)
+        dims = self.parameters.sampler.get_logprobs_dims(step.layout.slots)
         return SamplerOutput(
             sampled_token_ids=tokens,
-            logprobs_tensors=None,
+            logprobs_tensors=self.logprobs.of_step(step, 1 + max(dims)) if dims else None,
             num_nans=None,
             num_sampled=count.to(torch.int32),
             # A block completed just now was partly masked when its KV was written.
@@ -71,26 +130,71 @@ class BlockDiffusionSampler:
 
     def _denoise(self, canvas: Tensor, logits: Tensor, step: Step) -> Tensor:
         """Canvas [N, B] after revealing what the rules choose."""
-        token, confidence = choose_tokens(logits, self.mask_token_id)
-        cell = self._cells(step)
-        token_NB = canvas.flatten().scatter(0, cell, token).view_as(canvas)
-        confidence_NB = torch.zeros_like(canvas, dtype=torch.float32)
-        confidence_NB.view(-1).scatter_(0, cell, confidence)
-        index_B = entries(canvas)
-        masked = (canvas == self.mask_token_id) & (index_B >= step.offset[:, None])
-        masked &= index_B < step.width[:, None]
-        revealed = reveal(confidence_NB, masked, step.threshold, step.steps_left)
-        return torch.where(revealed, token_NB, canvas)
+        is_open = canvases.open_entries(canvas, step.offset, step.width)
+        masked = is_open & (canvas == self.mask_token_id)
+        choice = self._choose(canvas, is_open & ~masked, logits, step)
+        ranked = rank_positions(
+            choice.measures,
+            masked,
+            step.threshold,
+            step.rule,
+            step.rules_in_use,
+            self._forced(masked, step),
+        )
+        revealed = reveal(ranked, masked, step.steps_left)
+        after = torch.where(revealed, choice.token, canvas)
+        if self.parameters.bad_words.any(step.layout.slots):
+            # Tokens that are innocent one by one may be a bad word together.
+            too_many = self.parameters.completes_bad_word(step, canvas, after)[:, None]
+            revealed = torch.where(too_many, reveal_one(ranked, masked), revealed)
+            after = torch.where(revealed, choice.token, canvas)
+        if choice.logprobs is not None:
+            self.logprobs.keep(step, revealed, choice.logprobs)
+        return after
 
-    def _cells(self, step: Step) -> Tensor:
-        """[T] flat index into the canvases [N, B] of every row of logits."""
-        num_open = step.num_open_np
-        run_start = np.cumsum(num_open) - num_open
-        entry = np.repeat(step.offset_np - run_start, num_open) + np.arange(num_open.sum())
-        # The runner's warm-up offers drafts past the end of a block; a scheduler never does.
-        entry = np.minimum(entry, self.block_length - 1)
-        cell = np.repeat(np.arange(len(num_open)) * self.block_length, num_open) + entry
-        return async_tensor_h2d(cell, device=self.req_states.draft_tokens.device)
+    def _forced(self, masked: Tensor, step: Step) -> Tensor | None:
+        """Under token shift the first position of a block is predicted by the block before it,
+        which takes part in the block's first step only: it is revealed there."""
+        if not self.state.options.token_shift:
+            return None
+        return masked & step.is_new[:, None] & (canvases.entries(masked) == 0)
+
+    def _choose(self, canvas: Tensor, revealed: Tensor, logits: Tensor, step: Step) -> Choice:
+        """Choose a token for every open position, tile by tile."""
+        slots = step.layout.slots
+        self.parameters.count_known(step)
+        self.parameters.count(step, canvas, revealed, 1)
+        banned = self.parameters.banned(step, canvas)
+        parts = []
+        for raw, rows in self._tiles(logits, step.rows):
+            tile = raw.to(torch.float32, copy=True)
+            self.parameters.process_(tile, rows, slots)
+            if banned is not None:
+                banned.apply_(tile, rows.cell)
+            parts.append(self._choose_in_tile(raw, tile, rows, step))
+        self.parameters.count(step, canvas, revealed, -1)
+        return Choice.joined(parts, step.rows.cell, canvas)
+
+    def _tiles(self, logits: Tensor, rows: LogitsRows) -> Iterator[tuple[Tensor, LogitsRows]]:
+        num_rows, vocab_size = logits.shape
+        rows_per_tile = max(1, TILE_BYTES // (4 * vocab_size))
+        for start in range(0, num_rows, rows_per_tile):
+            tile = slice(start, start + rows_per_tile)
+            yield logits[tile], rows.tile(tile)
+
+    def _choose_in_tile(
+        self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step
+    ) -> "RowChoice":
+        token, drawn = self.parameters.draw(tile, rows, step.layout.slots)
+        rules = list(RULES.values())
+        needs = {rules[index].needs for index in step.rules_in_use}
+        return RowChoice(
+            token,
+            canvases.confidence(tile, token),
+            canvases.margin(tile, token, self.mask_token_id) if "margin" in needs else None,
+            canvases.entropy(tile) if "entropy" in needs else None,
+            self.parameters.logprobs(raw, drawn, token, rows, step.layout.slots),
+        )
 
     def _empty_output(self, input_batch: InputBatch) -> SamplerOutput:
         """Output of a dummy batch: nothing is sampled."""

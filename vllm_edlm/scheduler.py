@@ -13,14 +13,19 @@ from vllm_edlm.block_state import OpenBlock
 from vllm_edlm.compat.vllm_api import (
     DraftTokenIds,
     EngineCoreOutputs,
+    GrammarOutput,
+    LogprobsLists,
     ModelRunnerOutput,
     Request,
     RequestSpecDecodeMetrics,
     RequestStatus,
     Scheduler,
     SchedulerOutput,
+    SchedulerStats,
+    SpecDecodingStats,
 )
-from vllm_edlm.config import resolve_options
+from vllm_edlm.metrics import ForwardCounter
+from vllm_edlm.options import block_length_of, served_options
 
 
 class BlockDiffusionScheduler(Scheduler):
@@ -28,58 +33,126 @@ class BlockDiffusionScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.options = resolve_options(self.vllm_config)
+        self.options = served_options(self.vllm_config.model_config.hf_config)
         self.open_blocks: dict[str, OpenBlock] = {}
+        self.forwards = ForwardCounter(self.options.mask_token_id)
+        # Lower bound of the tokens that the step being planned may still take.
+        self.tokens_left = 0
 
     def add_request(self, request: Request) -> None:
         """Admit a request; its denoise steps are counted and reported with its last output."""
+        self._keep_kv_apart(request)
         super().add_request(request)
         if request.spec_decode_metrics is None:
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
 
+    def _keep_kv_apart(self, request: Request) -> None:
+        """KV depends on the block length, so requests share it only with those of their own.
+
+        A request whose blocks do not end where KV pages do shares with none: its pages fill up
+        before their last block is final.
+        """
+        block_length = self._block_length(request)
+        if not self.cache_config.enable_prefix_caching or block_length == self.num_spec_tokens:
+            return
+        if self.cache_config.block_size % block_length == 0:
+            salt = f"diffusion_canvas_length={block_length}"
+        else:
+            salt = f"request={request.request_id}"
+            request.skip_reading_prefix_cache = True
+        request.cache_salt = f"{salt},{request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan a step: every running request offers its open block as draft tokens."""
+        self.tokens_left = min(
+            self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
+        )
         for request in self.running:
             request.spec_token_ids = [-1] * (self._open_end(request) - request.num_tokens)
         output = super().schedule(throttle_prefills)
         for new_request in output.scheduled_new_reqs:
+            request = self.requests[new_request.req_id]
+            if (num_open := request.num_computed_tokens - request.num_tokens) > 0:
+                output.scheduled_spec_decode_tokens[request.request_id] = [-1] * num_open
             # Read by the model state: a preempted request takes up its block where it was.
-            new_request.open_block = self.open_blocks.get(new_request.req_id)  # type: ignore[attr-defined]
+            new_request.open_block = self.open_blocks.get(request.request_id)  # type: ignore[attr-defined]
+        self._count_forwards(output)
         return output
+
+    def _count_forwards(self, output: SchedulerOutput) -> None:
+        self.forwards.begin_step(output.total_num_scheduled_tokens)
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            end = request.num_computed_tokens
+            num_open = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            self.forwards.add(
+                request_id,
+                end - num_tokens,
+                end,
+                num_open,
+                first_block=self._last_border(request, request.num_prompt_tokens),
+                open_block=self._last_border(request, end - num_open),
+            )
+
+    def _block_length(self, request: Request) -> int:
+        assert request.sampling_params is not None
+        return block_length_of(request.sampling_params.extra_args, self.options)
 
     def _block_start(self, request: Request) -> int:
         """First position of the request's open block."""
         return self._last_border(request, request.num_tokens)
 
     def _last_border(self, request: Request, end: int) -> int:
-        """Last end of a block at or before position `end`."""
-        origin = request.num_prompt_tokens if self.options.bidirectional_prompt else 0
+        """Last position at or before `end` where a query may be cut."""
+        origin = request.num_prompt_tokens if self.options.blocks_follow_prompt else 0
         if end < origin:
-            return 0
-        return origin + (end - origin) // self.options.block_length * self.options.block_length
+            return end if self.options.has_causal_past else 0
+        block_length = self._block_length(request)
+        return origin + (end - origin) // block_length * block_length
 
     def _open_end(self, request: Request) -> int:
         """End of the open block; the model's length may cut it short."""
-        return min(self._block_start(request) + self.options.block_length, self.max_model_len)
+        return min(self._block_start(request) + self._block_length(request), self.max_model_len)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """Cut a query where a block ends (vLLM: the last word on a query's length).
 
-        An open block runs whole or not at all. Known positions run up to the end of a block;
-        less than a block runs only as the end of the prompt of a request to be admitted, which
-        vLLM admits with at least one token. A bidirectional prompt runs whole.
+        An open block runs whole or not at all, together with the end of the prompt where the
+        step has room for both. Known positions run up to the end of a block; less than a block
+        runs only as the end of the prompt of a request to be admitted, which vLLM admits with
+        at least one token. A bidirectional prompt runs whole.
         """
         end = num_computed_tokens + num_new_tokens
-        if end == self._open_end(request) > request.num_tokens:
-            return num_new_tokens
-        end = min(end, request.num_tokens)
-        cut = self._last_border(request, end)
-        if cut > num_computed_tokens:
-            return cut - num_computed_tokens
-        admits_prompt_end = request.status != RequestStatus.RUNNING and end == request.num_tokens
-        return max(end - num_computed_tokens, 0) if admits_prompt_end else 0
+        if self._reaches_open_block(request, num_computed_tokens, end):
+            end = self._open_end(request)
+        else:
+            end = self._cut(request, num_computed_tokens, min(end, request.num_tokens))
+        num_new_tokens = max(end - num_computed_tokens, 0)
+        # If the request finds no KV pages after all, less is left than there might be.
+        self.tokens_left -= num_new_tokens
+        return num_new_tokens
+
+    def _reaches_open_block(self, request: Request, start: int, end: int) -> bool:
+        """Whether a query from `start`, for which vLLM has tokens up to `end`, can hold the
+        whole open block; for a request to be admitted vLLM counts the known tokens alone."""
+        open_end = self._open_end(request)
+        if request.status == RequestStatus.RUNNING:
+            return end == open_end > request.num_tokens
+        return end == request.num_tokens < open_end <= start + self.tokens_left
+
+    def _cut(self, request: Request, start: int, end: int) -> int:
+        """End of a query from `start` over known positions, up to `end` at most."""
+        is_prompt_end = end == request.num_tokens
+        if is_prompt_end and self.options.token_shift:
+            # The last known position predicts the first open one: both run in one step.
+            return self._last_border(request, end - 1)
+        border = self._last_border(request, end)
+        admits = request.status != RequestStatus.RUNNING and is_prompt_end
+        return end if border <= start and admits else border
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -95,7 +168,10 @@ class BlockDiffusionScheduler(Scheduler):
                 ran_known = min(request.num_computed_tokens, request.num_tokens)
                 final[request_id] = self._last_border(request, ran_known)
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
-            self._count_step(request_id)
+            if (request := self.requests.get(request_id)) is not None:
+                index = model_runner_output.req_id_to_index[request_id]
+                self._count_step(request, index, model_runner_output.logprobs)
+                self._trim_to_grammar(request, model_runner_output.sampled_token_ids[index])
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id, length in final.items():
             request = self.requests.get(request_id)
@@ -103,21 +179,47 @@ class BlockDiffusionScheduler(Scheduler):
                 request.num_computed_tokens = length
         return outputs
 
-    def _count_step(self, request_id: str) -> None:
-        """Count a denoise step of the request's open block."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return
+    def _count_step(self, request: Request, index: int, logprobs: LogprobsLists | None) -> None:
+        """Count a denoise step of the request's open block, and keep what it revealed."""
         start = self._block_start(request)
-        before = self.open_blocks.get(request_id)
+        before = self.open_blocks.get(request.request_id)
         steps_before = before.steps_done if before is not None and before.start == start else 0
-        self.open_blocks[request_id] = OpenBlock(start, steps_before + 1, canvas=())
+        assert request.sampling_params is not None
+        kept = None
+        if logprobs is not None and request.sampling_params.num_logprobs is not None:
+            rows = slice(index * self.num_spec_tokens, (index + 1) * self.num_spec_tokens)
+            kept = LogprobsLists(
+                logprobs.logprob_token_ids[rows],
+                logprobs.logprobs[rows],
+                logprobs.sampled_token_ranks[rows],
+            )
+        self.open_blocks[request.request_id] = OpenBlock(start, steps_before + 1, (), kept)
+
+    def _trim_to_grammar(self, request: Request, token_ids: list[int]) -> None:
+        """Cut a run of tokens where the request's grammar ends it, in place.
+
+        Only its first token was chosen under the grammar. If that one is refused, vLLM ends
+        the request with an error: its other parameters leave the grammar no token.
+        """
+        if request.use_structured_output and token_ids:
+            accepted = self.structured_output_manager.validate_tokens(request, token_ids)
+            del token_ids[max(len(accepted), 1) :]
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Grammar masks of the requests that denoise in this step; others have no logits."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        tokens = scheduler_output.num_scheduled_tokens
+        denoising = {key: count for key, count in tokens.items() if key in drafts}
+        return super().get_grammar_bitmask(
+            replace(scheduler_output, num_scheduled_tokens=denoising)
+        )
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Keep the canvases, which the worker hands back after every step, for preemption."""
         for request_id, canvas in zip(
             draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
         ):
+            self.forwards.reveal(request_id, canvas)
             if (block := self.open_blocks.get(request_id)) is not None:
                 self.open_blocks[request_id] = replace(block, canvas=canvas)
 
@@ -125,4 +227,16 @@ class BlockDiffusionScheduler(Scheduler):
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         self.open_blocks.pop(request.request_id, None)
+        metrics = request.spec_decode_metrics
+        num_steps = sum(metrics.histogram) if metrics is not None else 0
+        self.forwards.finish(request.request_id, request.num_output_tokens, num_steps)
         return super()._free_request(request, delay_free_blocks)
+
+    def make_stats(
+        self, spec_decoding_stats: SpecDecodingStats | None = None, *args: Any, **kwargs: Any
+    ) -> SchedulerStats | None:
+        """The step's statistics, with the counts of forwards and reveals."""
+        stats = self.forwards.report(
+            spec_decoding_stats, lambda: SpecDecodingStats.new(self.num_spec_tokens)
+        )
+        return super().make_stats(stats, *args, **kwargs)

@@ -10,7 +10,7 @@ Blocks lie on a grid from `origin`: block k >= 0 holds positions origin + k*B to
 origin + (k+1)*B - 1. Positions below `origin` are one block of their own, the bidirectional
 prompt; with origin 0 there are none.
 
-Legend for shapes: N requests, R rows.
+Legend for shapes: N requests, T positions of all queries, R rows.
 """
 
 from dataclasses import dataclass
@@ -36,34 +36,46 @@ class VirtualRows:
     kv_length: Ints
 
 
-def block_index(positions: Ints, origin: Ints, block_length: int) -> Ints:
-    """Block of each position; -1 for positions below `origin`. All [N]."""
-    return np.maximum((positions - origin) // block_length, -1)
-
-
-def block_start(positions: Ints, origin: Ints, block_length: int) -> Ints:
+def block_start(positions: Ints, origin: Ints, block_length: Ints) -> Ints:
     """First position of the block that holds each position. All [N]."""
-    block = block_index(positions, origin, block_length)
-    return np.where(block < 0, 0, origin + block * block_length)
+    start = origin + (positions - origin) // block_length * block_length
+    return np.where(positions < origin, 0, start)
 
 
-def virtual_rows(first: Ints, length: Ints, origin: Ints, block_length: int) -> VirtualRows:
+def block_end(positions: Ints, origin: Ints, block_length: Ints) -> Ints:
+    """First position behind the block that holds each position. All [N]."""
+    end = origin + ((positions - origin) // block_length + 1) * block_length
+    return np.where(positions < origin, origin, end)
+
+
+def virtual_rows(
+    first: Ints,
+    length: Ints,
+    origin: Ints,
+    block_length: Ints,
+    causal_until: Ints | None = None,
+) -> VirtualRows:
     """Cut queries at block borders.
 
     Args:
         first: [N] first position of each request's query.
         length: [N] positions in each query, at least 1.
         origin: [N] first position of each request's block grid.
-        block_length: B.
+        block_length: [N] B of each request.
+        causal_until: [N] positions below attend token-causally, in rows of one position each.
     """
-    end = first + length
-    first_block = block_index(first, origin, block_length)
-    rows_per_request = block_index(end - 1, origin, block_length) - first_block + 1
-    request = np.repeat(np.arange(len(first)), rows_per_request)
-    row_of_request = np.arange(len(request)) - np.repeat(
-        np.cumsum(rows_per_request) - rows_per_request, rows_per_request
+    request_T = np.repeat(np.arange(len(first)), length)
+    query_start = np.cumsum(length) - length
+    position_T = np.arange(len(request_T)) - query_start[request_T] + first[request_T]
+    kv_length_T = block_end(position_T, origin[request_T], block_length[request_T])
+    if causal_until is not None:
+        is_causal_T = position_T < causal_until[request_T]
+        kv_length_T = np.where(is_causal_T, position_T + 1, kv_length_T)
+    kv_length_T = np.minimum(kv_length_T, (first + length)[request_T])
+    is_border = (np.diff(request_T) != 0) | (np.diff(kv_length_T) != 0)
+    row_start = np.concatenate(([0], np.flatnonzero(is_border) + 1))
+    return VirtualRows(
+        request_T[row_start],
+        np.concatenate((row_start, [len(request_T)])),
+        kv_length_T[row_start],
     )
-    block_end = origin[request] + (first_block[request] + row_of_request + 1) * block_length
-    kv_length = np.minimum(end[request], block_end)
-    query_end = kv_length - first[request] + (np.cumsum(length) - length)[request]
-    return VirtualRows(request, np.concatenate(([0], query_end)), kv_length)

@@ -1,41 +1,69 @@
 """The canvas: choice of tokens, emission of the known run, and what is masked again."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_edlm import canvas as canvas_module
-from vllm_edlm.canvas import choose_tokens, emitted_run, open_canvas
+from vllm_edlm.canvas import (
+    confidence,
+    emitted_run,
+    entropy,
+    greedy_token,
+    margin,
+    open_canvas,
+    open_entries,
+    place,
+)
 
 MASK = 9
 
 
-def test_choose_tokens_never_takes_the_mask_but_counts_it() -> None:
-    logits = torch.tensor([[0.0, 1.0, 1.0, 5.0], [2.0, 0.0, 0.0, 0.0]])
-    token, confidence = choose_tokens(logits, mask_token_id=3)
-    assert token.tolist() == [1, 0], "the lowest id on ties, and never the mask token"
-    assert torch.allclose(confidence, logits.softmax(dim=1)[[0, 1], [1, 0]])
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.tensor([[0.0, 1.0, 1.0, 5.0], [2.0, 0.0, 0.0, 0.0]])
 
 
-@pytest.mark.parametrize("rows_per_tile", [1, 3, 100])
-def test_choose_tokens_in_tiles(monkeypatch: pytest.MonkeyPatch, rows_per_tile: int) -> None:
-    logits = torch.randn(10, 50, generator=torch.Generator().manual_seed(0))
+def test_greedy_token_is_never_the_mask(logits: torch.Tensor) -> None:
     before = logits.clone()
-    whole = choose_tokens(logits, MASK)
-    monkeypatch.setattr(canvas_module, "TILE_BYTES", rows_per_tile * 4 * 50)
-    tiled = choose_tokens(logits, MASK)
-    assert torch.equal(tiled[0], whole[0])
-    assert torch.allclose(tiled[1], whole[1])
-    assert torch.equal(logits, before), "the logits belong to the runner"
+    assert greedy_token(logits, mask_token_id=3).tolist() == [1, 0], "the lowest id on ties"
+    assert torch.equal(logits, before)
 
 
-def test_choose_tokens_in_bf16_is_the_fp32_choice_of_the_same_logits() -> None:
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
-    token, confidence = choose_tokens(logits, MASK)
-    wide_token, wide_confidence = choose_tokens(logits.float(), MASK)
-    assert torch.equal(token, wide_token)
-    assert torch.equal(confidence, wide_confidence)
+def test_confidence_is_over_the_whole_vocabulary(logits: torch.Tensor) -> None:
+    token = torch.tensor([1, 0])
+    assert torch.allclose(confidence(logits, token), logits.softmax(dim=1)[[0, 1], token])
+
+
+def test_margin_leaves_the_mask_out(logits: torch.Tensor) -> None:
+    probability = logits.softmax(dim=1)
+    wanted = torch.stack(
+        [probability[0, 1] - probability[0, 2], probability[1, 0] - probability[1, 1]]
+    )
+    assert torch.allclose(margin(logits, torch.tensor([1, 0]), mask_token_id=3), wanted)
+
+
+def test_entropy_counts_the_mask(logits: torch.Tensor) -> None:
+    probability = logits.softmax(dim=1)
+    assert torch.allclose(entropy(logits), -(probability * probability.log()).sum(dim=1))
+
+
+def test_measures_where_tokens_are_banned() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, 0.0], [-math.inf, -math.inf, -math.inf]])
+    token = torch.tensor([1, 0])
+    assert confidence(logits, token).tolist() == [0.5, 0.0]
+    assert margin(logits, token, mask_token_id=0).tolist() == [0.0, 0.0]
+    assert torch.allclose(entropy(logits), torch.tensor([math.log(2), 0.0]))
+
+
+def test_place_and_open_entries() -> None:
+    canvas = torch.tensor([[7, 7, 7], [7, 7, 7]])
+    placed = place(torch.tensor([1, 5]), torch.tensor([0.5, 0.25]), canvas)
+    assert placed.tolist() == [[0.0, 0.5, 0.0], [0.0, 0.0, 0.25]]
+    is_open = open_entries(canvas, torch.tensor([1, 0]), torch.tensor([3, 2]))
+    assert is_open.tolist() == [[False, True, True], [True, True, False]]
 
 
 entry = st.sampled_from([1, 2, MASK])

@@ -4,11 +4,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_edlm.virtual_rows import block_start, virtual_rows
+from vllm_edlm.virtual_rows import VirtualRows, block_end, block_start, virtual_rows
 
-Query = tuple[int, int, int]
+Query = tuple[int, int, int, int]
+positions = st.integers(0, 40)
 queries = st.lists(
-    st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(0, 40)), min_size=1
+    st.tuples(positions, st.integers(1, 40), positions, st.integers(1, 17)), min_size=1
 )
 
 
@@ -19,32 +20,50 @@ def visible_until(position: int, end: int, origin: int, block_length: int) -> in
     return min(origin + ((position - origin) // block_length + 1) * block_length, end)
 
 
-def columns(batch: list[Query]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    first, length, origin = np.array(batch, dtype=np.int64).T
-    return first, length, origin
+def columns(batch: list[Query]) -> np.ndarray:
+    """First position, length, origin and block length of each request, [4, N]."""
+    return np.array(batch, dtype=np.int64).T
 
 
-@given(batch=queries, block_length=st.integers(1, 17))
-def test_rows_are_the_block_mask(batch: list[Query], block_length: int) -> None:
-    rows = virtual_rows(*columns(batch), block_length)
+def keys_seen(rows: VirtualRows) -> list[tuple[int, int, int]]:
+    """(request, position, first position it does not see) of every query position."""
     seen = []
     for row, request in enumerate(rows.request):
         query_length = rows.query_start[row + 1] - rows.query_start[row]
         assert query_length >= 1
         last = rows.kv_length[row]
         seen += [(request, last - query_length + i, last) for i in range(query_length)]
-    wanted = [
+    return seen
+
+
+@given(batch=queries)
+def test_rows_are_the_block_mask(batch: list[Query]) -> None:
+    assert keys_seen(virtual_rows(*columns(batch))) == [
         (request, position, visible_until(position, first + length, origin, block_length))
-        for request, (first, length, origin) in enumerate(batch)
+        for request, (first, length, origin, block_length) in enumerate(batch)
         for position in range(first, first + length)
     ]
-    assert seen == wanted
 
 
-@given(batch=queries, block_length=st.integers(1, 17))
-def test_block_start(batch: list[Query], block_length: int) -> None:
-    position, _, origin = columns(batch)
-    for start, p, o in zip(
-        block_start(position, origin, block_length), position, origin, strict=True
-    ):
-        assert start == (0 if p < o else max(s for s in range(o, p + 1, block_length)))
+@given(batch=queries, data=st.data())
+def test_a_causal_past_sees_itself_and_what_is_before(
+    batch: list[Query], data: st.DataObject
+) -> None:
+    until = [data.draw(st.integers(first, first + length)) for first, length, _, _ in batch]
+    rows = virtual_rows(*columns(batch), causal_until=np.array(until))
+    for request, position, end in keys_seen(rows):
+        first, length, origin, block_length = batch[request]
+        if position < until[request]:
+            assert end == position + 1
+        else:
+            assert end == visible_until(position, first + length, origin, block_length)
+
+
+@given(batch=queries)
+def test_block_borders(batch: list[Query]) -> None:
+    position, _, origin, block_length = columns(batch)
+    starts = block_start(position, origin, block_length)
+    ends = block_end(position, origin, block_length)
+    for start, end, p, o, b in zip(starts, ends, position, origin, block_length, strict=True):
+        assert start == (0 if p < o else max(s for s in range(o, p + 1, b)))
+        assert end == (o if p < o else start + b)

@@ -1,8 +1,9 @@
 """Checks of requests at admission, in place of vLLM's own for diffusion models.
 
 vLLM refuses a fixed list of sampling parameters for every diffusion model, temperature 0
-among them, and offers a model no hook to say otherwise. The two methods replaced here behave
-as before for every other architecture. Upstream shape: patches/0002 and patches/0003.
+among them, and structured outputs, and offers a model no hook to say otherwise. The methods
+replaced here behave as before for every other architecture. Upstream shape: patches/0002 and
+patches/0003.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,18 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_edlm import ARCHITECTURE
-from vllm_edlm.options import check_request
+from vllm_edlm.family import FAMILIES
+from vllm_edlm.options import request_options, served_options
 
 _MARK = "_edlm_original"
+# Kept on the device for every position of every request's open block.
+MAX_LOGPROBS = 1024
 
 
 def install_request_checks() -> None:
-    """Replace the two checks in this process, once."""
+    """Replace the checks in this process, once."""
     _replace(SamplingParams, "_validate_diffusion", _validate_diffusion)
+    _replace(SamplingParams, "_validate_structured_outputs", _validate_structured_outputs)
     _replace(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
 
 
@@ -40,7 +44,7 @@ def _replace(cls: type, name: str, check: Callable[..., Any]) -> None:
 
 
 def _is_ours(model_config: ModelConfig) -> bool:
-    return ARCHITECTURE in model_config.architectures
+    return any(name in FAMILIES for name in model_config.architectures)
 
 
 def _validate_diffusion(
@@ -52,34 +56,76 @@ def _validate_diffusion(
     for name, used in unsupported_parameters(params).items():
         if used:
             raise VLLMValidationError(
-                f"{name} is not supported yet for block-diffusion models, got "
+                f"{name} is not supported for block-diffusion models, got "
                 f"{getattr(params, name)!r}",
                 parameter=name,
             )
+    for name, (size, limit) in sizes(params, model_config).items():
+        if size > limit:
+            raise VLLMValidationError(
+                f"{name} must be at most {limit} for block-diffusion models, got {size}",
+                parameter=name.split()[-1],
+            )
+    constrained = params.structured_outputs is not None
     try:
-        check_request(params.extra_args, model_config.hf_config.canvas_length)
+        request_options(params.extra_args, served_options(model_config.hf_config), constrained)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="extra_args") from error
 
 
 def unsupported_parameters(params: SamplingParams) -> dict[str, bool]:
-    """Which parameters a request uses that the sampler does not implement, by name."""
+    """Which parameters a request uses that have no meaning for a canvas, by name."""
     return {
-        "temperature": params.temperature > 0,
-        "presence_penalty": params.presence_penalty != 0,
-        "frequency_penalty": params.frequency_penalty != 0,
-        "repetition_penalty": params.repetition_penalty != 1,
-        "min_tokens": params.min_tokens > 0,
-        "logit_bias": bool(params.logit_bias),
-        "bad_words": bool(params.bad_words),
-        "allowed_token_ids": params.allowed_token_ids is not None,
-        "logprobs": params.logprobs is not None,
         "prompt_logprobs": params.prompt_logprobs is not None,
-        "logprob_token_ids": bool(params.logprob_token_ids),
         "prompt_logprob_token_ids": params.prompt_logprob_token_ids is not None,
-        "structured_outputs": params.structured_outputs is not None,
         "thinking_token_budget": params.thinking_token_budget is not None,
     }
+
+
+def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Sizes that the runner's buffers limit, with the limits; it would fail on larger ones."""
+    # Not for the front end at large: these modules belong to the runner.
+    from vllm.v1.worker.gpu.sample import logit_bias as limits
+
+    num_stops = len(params.all_stop_token_ids) + 1 if params.min_tokens else 0
+    return {
+        "the number of allowed_token_ids": (
+            len(params.allowed_token_ids or ()),
+            limits.MAX_NUM_ALLOWED_TOKEN_IDS,
+        ),
+        "the number of tokens in logit_bias": (
+            len(params.logit_bias or ()),
+            limits.MAX_NUM_LOGIT_BIAS_TOKENS,
+        ),
+        "with min_tokens, the number of stop_token_ids": (num_stops, limits.MAX_NUM_STOP_TOKEN_IDS),
+        "min_tokens": (params.min_tokens, model_config.max_model_len),
+        "logprobs": (params.logprobs or 0, MAX_LOGPROBS),
+        "the magnitude of seed": (abs(params.seed or 0), 2**63 - 1),
+    }
+
+
+class _LikeAutoregressive:
+    """A `ModelConfig` as vLLM's checks of grammars want it: not that of a diffusion model."""
+
+    is_diffusion = False
+
+    def __init__(self, model_config: ModelConfig) -> None:
+        self._model_config = model_config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model_config, name)
+
+
+def _validate_structured_outputs(
+    original: Callable[..., None],
+    params: SamplingParams,
+    model_config: ModelConfig,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Check a grammar as for any other model."""
+    config = _LikeAutoregressive(model_config) if _is_ours(model_config) else model_config
+    original(params, config, *args, **kwargs)
 
 
 def _validate_prompt_len(
@@ -88,7 +134,10 @@ def _validate_prompt_len(
     """Refuse a bidirectional prompt that does not fit into one step."""
     original(processor, prompt_len, prompt_type)
     model_config = processor.model_config
-    if not _is_ours(model_config) or model_config.hf_config.prompt_attention != "bidirectional":
+    if (
+        not _is_ours(model_config)
+        or served_options(model_config.hf_config).prompt_attention != "bidirectional"
+    ):
         return
     scheduler = processor.scheduler_config
     budgets = {
