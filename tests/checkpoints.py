@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from released_configs import Config, released_config
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -26,16 +27,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": VOCABULARY_SIZE,
-    "max_position_embeddings": 512,
-}
+# Biases of queries, keys and values; a norm of queries and keys.
+QWEN2_TYPES = ("qwen2", "Fast_dLLM_Qwen")
+QK_NORM_TYPES = ("qwen3", "sdar")
 # Standard deviations chosen by looking at confidences, see the module's first lines.
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.6
@@ -80,52 +74,24 @@ def write_checkpoint(path: Path, spec: CheckpointSpec) -> Path:
     return path
 
 
-def configuration(spec: CheckpointSpec) -> dict[str, object]:
-    """The config.json of `spec`: a Qwen3 configuration and, if diffusion, its extra keys."""
-    config: dict[str, object] = {
-        "architectures": [spec.architecture],
-        "model_type": "qwen3",
+def configuration(spec: CheckpointSpec) -> Config:
+    """The config.json of `spec`."""
+    keys = released_config(spec.architecture, spec.block_length, MASK_ID, spec.prompt_attention)
+    own = {
         "attention_bias": spec.attention_bias,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": False,
-        "bos_token_id": None,
+        "vocab_size": VOCABULARY_SIZE,
         "eos_token_id": EOS_ID,
-        **SIZES,
     }
-    if spec.architecture == "EfficientDLM":
-        config |= _diffusion_keys(spec)
-    return config | spec.config_overrides
-
-
-def _diffusion_keys(spec: CheckpointSpec) -> dict[str, object]:
-    module = {"AutoConfig": "configuration_edlm.EfficientDLMConfig"}
-    keys: dict[str, object] = {
-        "auto_map": {**module, "AutoModel": "modeling_edlm.EfficientDLM"},
-        "block_size": spec.block_length,
-        "mask_token_id": MASK_ID,
-        "dlm_paradigm": "bidirectional",
-        "dlm_type": "llada",
-        "tok_mask_half_life_ratio": None,
-        "disable_qk_norm": False,
-        **dict.fromkeys(("diff_loss_weight", "dlm_arch", "intl_mask", "prefix_ratio")),
-        **dict.fromkeys(("adaptive_mask_rate", "enforce_mask", "multi_sampling"), False),
-        **dict.fromkeys(("num_ar_layers", "num_diffusion_layers", "random_length_prob"), 0),
-    }
-    if spec.prompt_attention is not None:
-        keys["prompt_attention"] = spec.prompt_attention
-    return keys
+    return keys | own | spec.config_overrides
 
 
 def random_weights(spec: CheckpointSpec) -> Iterator[tuple[str, Tensor]]:
-    """Bare names (no `encoder.` or `model.`) and seeded fp32 tensors of a whole model."""
+    """Bare names (no `encoder.` or `model.`) and seeded fp32 tensors of a whole model.
+
+    A tied head is not among them.
+    """
     generator = torch.Generator().manual_seed(spec.seed)
-    for name, shape in _shapes(spec.attention_bias):
+    for name, shape in _shapes(configuration(spec)):
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             yield name, (QK_NORM_GAIN if "self_attn" in name else 1.0) + 0.1 * noise
@@ -145,29 +111,38 @@ def _std(name: str, shape: tuple[int, ...]) -> float:
     return (ATTENTION_GAIN if "self_attn" in name else 1.0) * shape[-1] ** -0.5
 
 
-def _shapes(attention_bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, vocabulary = SIZES["hidden_size"], SIZES["vocab_size"]
+def _shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield "embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(SIZES["num_hidden_layers"]):
-        for name, shape in _layer_shapes(attention_bias):
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in _layer_shapes(config):
             yield f"layers.{layer}.{name}", shape
     yield "norm.weight", (hidden,)
-    yield "head.weight", (vocabulary, hidden)
+    if not config["tie_word_embeddings"]:
+        yield "head.weight", (vocabulary, hidden)
 
 
-def _layer_shapes(attention_bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, head = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["head_dim"]
-    queries, keys = SIZES["num_attention_heads"] * head, SIZES["num_key_value_heads"] * head
-    projections = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
-    for name, shape in (projections | {"o_proj": (hidden, queries)}).items():
-        yield f"self_attn.{name}.weight", shape
-        if attention_bias:
-            yield f"self_attn.{name}.bias", shape[:1]
-    yield from ((f"self_attn.{name}.weight", (head,)) for name in ("q_norm", "k_norm"))
+def _layer_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    yield from _attention_shapes(config)
     yield from ((f"mlp.{name}.weight", (inner, hidden)) for name in ("gate_proj", "up_proj"))
     yield "mlp.down_proj.weight", (hidden, inner)
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield f"{name}.weight", (hidden,)
+
+
+def _attention_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim", hidden // heads)
+    queries, keys = heads * head, config["num_key_value_heads"] * head
+    projections = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    is_qwen2 = config["model_type"] in QWEN2_TYPES
+    for name, shape in (projections | {"o_proj": (hidden, queries)}).items():
+        yield f"self_attn.{name}.weight", shape
+        if config["attention_bias"] or (is_qwen2 and name != "o_proj"):
+            yield f"self_attn.{name}.bias", shape[:1]
+    if config["model_type"] in QK_NORM_TYPES:
+        yield from ((f"self_attn.{name}.weight", (head,)) for name in ("q_norm", "k_norm"))
 
 
 def _layout_name(name: str, layout: str) -> str:

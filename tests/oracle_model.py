@@ -1,4 +1,7 @@
-"""The oracle's Qwen3 decoder: fp32, one sequence, no cache, any dense attention mask.
+"""The oracle's decoder: fp32, one sequence, no cache, any dense attention mask.
+
+Qwen3, Qwen2, Llama and Ministral 3 differ in what the checkpoint holds: a norm of queries and
+keys, biases, a head of its own; and in how positions turn queries and keys (`oracle_rope`).
 
 Shapes: T tokens, D hidden size, N query heads, K key-value heads, H head size, V vocabulary.
 """
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from oracle_rope import head_size, query_scale, rotary, rotate
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +22,7 @@ HEAD_NAMES = ("diffusion_head.weight", "lm_head.weight")
 
 @dataclass(frozen=True)
 class OracleModel:
-    """A Qwen3 decoder without a cache; weight names carry neither `encoder.` nor `model.`."""
+    """A decoder without a cache; weight names carry neither `encoder.` nor `model.`."""
 
     config: dict
     weights: dict[str, Tensor]
@@ -33,11 +37,10 @@ class OracleModel:
     def logits(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Logits [T, V] of `token_ids` [T]; query row i sees key column j where mask is true."""
         x = self.weights["embed_tokens.weight"][token_ids]
-        cos_sin = _rotary(len(token_ids), self.config["head_dim"], self.config["rope_theta"])
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"layers.{layer}."
             h = self._norm(prefix + "input_layernorm", x)
-            x = x + self._attention(prefix + "self_attn.", h, cos_sin, mask)
+            x = x + self._attention(prefix + "self_attn.", h, mask)
             h = self._norm(prefix + "post_attention_layernorm", x)
             x = x + self._mlp(prefix + "mlp.", h)
         head = "embed_tokens" if self.config["tie_word_embeddings"] else "head"
@@ -52,18 +55,18 @@ class OracleModel:
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
         """Project `x` [T, D] to heads [N or K, T, H]."""
-        return self._linear(name, x).unflatten(-1, (-1, self.config["head_dim"])).movedim(1, 0)
+        return self._linear(name, x).unflatten(-1, (-1, head_size(self.config))).movedim(1, 0)
 
-    def _attention(
-        self, prefix: str, x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor
-    ) -> Tensor:
-        q = self._norm(prefix + "q_norm", self._heads(prefix + "q_proj", x))
-        k = self._norm(prefix + "k_norm", self._heads(prefix + "k_proj", x))
-        v = self._heads(prefix + "v_proj", x)
+    def _attention(self, prefix: str, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (self._heads(f"{prefix}{name}_proj", x) for name in "qkv")
+        if prefix + "q_norm.weight" in self.weights:
+            q, k = self._norm(prefix + "q_norm", q), self._norm(prefix + "k_norm", k)
+        cos_sin = rotary(len(x), self.config)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q = q * query_scale(len(x), self.config)[:, None]
         group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
-        q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
         k, v = (t.repeat_interleave(group, dim=0) for t in (k, v))
-        scores = q @ k.transpose(1, 2) / math.sqrt(self.config["head_dim"])
+        scores = q @ k.transpose(1, 2) / math.sqrt(head_size(self.config))
         weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
         return self._linear(prefix + "o_proj", (weights @ v).movedim(0, 1).flatten(1))
 
@@ -76,18 +79,6 @@ def _bare_name(name: str) -> str:
     if name in HEAD_NAMES:
         return "head.weight"
     return name.removeprefix("encoder.").removeprefix("model.")
-
-
-def _rotary(length: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, H] of positions 0..T-1, the second half repeating the first."""
-    inverse = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def causal_mask(length: int) -> Tensor:

@@ -6,7 +6,7 @@ ARCHITECTURE = "EfficientDLM"
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: register the architecture in this vLLM process.
+    """Entry point `vllm.general_plugins`: register every served architecture in this process.
 
     vLLM calls it in every process it starts, possibly more than once. It imports no module
     that needs torch: the model and its configuration are resolved when they are used.
@@ -18,10 +18,12 @@ def register() -> None:
 
     check_vllm_version()
 
+    from vllm_edlm.compat.checkpoint_configs import register_checkpoint_configs
     from vllm_edlm.compat.registry import register_architecture
+    from vllm_edlm.family import FAMILIES
 
-    register_architecture(
-        ARCHITECTURE,
-        model="vllm_edlm.model:EfficientDLMForCausalLM",
-        config="vllm_edlm.config",
-    )
+    register_checkpoint_configs()
+    for name, family in FAMILIES.items():
+        register_architecture(
+            name, model=f"vllm_edlm.model:{family.model_class}", config="vllm_edlm.config"
+        )

@@ -1,27 +1,39 @@
-"""The `EfficientDLM` architecture: vLLM's Qwen3 decoder with block-diffusion decoding."""
+"""The served models: vLLM's own decoders with block-diffusion decoding, one class a backbone."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vllm_edlm.compat.cpu_kernels import install as install_cpu_kernels
-from vllm_edlm.compat.vllm_api import Qwen3ForCausalLM, WeightsMapper
+from vllm_edlm.compat.vllm_api import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    WeightsMapper,
+)
 from vllm_edlm.model_state import BlockDiffusionModelState
 
-# Released checkpoints name the decoder `encoder` and its head `diffusion_head`.
+# Some releases name the decoder `encoder` and its head `diffusion_head`.
 RELEASED_NAMES = WeightsMapper(
     orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."}
 )
 
+# The decoder that stands behind the mixin: no common type of vLLM's has all that it needs.
+_Decoder: Any = Any if TYPE_CHECKING else object
 
-class EfficientDLMForCausalLM(Qwen3ForCausalLM):
-    """Qwen3 backbone of a block-diffusion model.
+
+class BlockDiffusionMixin(_Decoder):
+    """Makes a decoder of vLLM a block-diffusion model; stands before it among the bases.
 
     Causality and denoising are not in the model: they lie in the attention rows and in the
     sampler of its `ModelState` (vLLM: `get_model_state_cls`).
     """
 
-    hf_to_vllm_mapper = RELEASED_NAMES | Qwen3ForCausalLM.hf_to_vllm_mapper
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.hf_to_vllm_mapper = RELEASED_NAMES | cls.hf_to_vllm_mapper
 
     @staticmethod
     def get_model_state_cls() -> type[BlockDiffusionModelState]:
@@ -40,7 +52,7 @@ class EfficientDLMForCausalLM(Qwen3ForCausalLM):
         return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load either layout of names, the released one or plain Qwen3.
+        """Load either layout of names, the released one or the backbone's own.
 
         Raises:
             ValueError: a tensor of the checkpoint that the model does not have, or one that
@@ -55,7 +67,7 @@ class EfficientDLMForCausalLM(Qwen3ForCausalLM):
         return loaded
 
     def _checkpoint_names(self) -> set[str]:
-        """Plain Qwen3 names of every tensor of the model, vLLM's fused ones taken apart."""
+        """The backbone's own names of every tensor, vLLM's fused ones taken apart."""
         names = set()
         for name, _ in self.named_parameters():
             *module, layer, kind = name.split(".")
@@ -75,3 +87,19 @@ class EfficientDLMForCausalLM(Qwen3ForCausalLM):
                 raise ValueError(f"the checkpoint's tensor {name} is not part of the model")
             missing.remove(plain_name)
             yield plain_name, tensor
+
+
+class EfficientDLMForCausalLM(BlockDiffusionMixin, Qwen3ForCausalLM):
+    """Qwen3 backbone."""
+
+
+class EfficientDLMQwen2ForCausalLM(BlockDiffusionMixin, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 backbone: no norm of queries and keys, biases on their projections."""
+
+
+class EfficientDLMLlamaForCausalLM(BlockDiffusionMixin, LlamaForCausalLM):
+    """Llama backbone."""
+
+
+class NemotronLabsDiffusionForCausalLM(BlockDiffusionMixin, MistralForCausalLM):
+    """Ministral 3 backbone: Llama with YaRN, queries scaled by position."""

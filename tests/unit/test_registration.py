@@ -22,7 +22,7 @@ def test_other_versions_get_one_readable_error(version: str) -> None:
 
 
 def test_plugin_module_imports_no_torch() -> None:
-    code = "import sys, vllm_edlm; sys.exit('torch' in sys.modules)"
+    code = "import sys, vllm_edlm, vllm_edlm.family; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -31,10 +31,22 @@ def test_registering_imports_no_model_code_and_can_be_repeated() -> None:
         "import sys, vllm_edlm; vllm_edlm.register(); vllm_edlm.register()\n"
         "lazy = {'vllm_edlm.model', 'vllm_edlm.config', 'vllm_edlm.scheduler'}\n"
         "from vllm import ModelRegistry\n"
-        "assert vllm_edlm.ARCHITECTURE in ModelRegistry.get_supported_archs()\n"
+        "from vllm_edlm.family import FAMILIES\n"
+        "assert vllm_edlm.ARCHITECTURE in FAMILIES\n"
+        "assert set(FAMILIES) <= set(ModelRegistry.get_supported_archs())\n"
         "sys.exit(bool(lazy & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_model_classes_are_those_of_the_families() -> None:
+    from vllm_edlm import model
+    from vllm_edlm.family import FAMILIES
+
+    for family in FAMILIES.values():
+        cls = getattr(model, family.model_class)
+        assert issubclass(cls, model.BlockDiffusionMixin)
+        assert cls.hf_to_vllm_mapper.map_name("encoder.norm.weight") == "model.norm.weight"
 
 
 def test_other_models_keep_their_request_checks() -> None:
