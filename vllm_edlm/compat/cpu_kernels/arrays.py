@@ -50,6 +50,20 @@ def row_tiles(num_rows: int, row_length: int, entries: int = 2**19) -> Iterator[
         yield slice(start, min(start + height, num_rows))
 
 
+def tiles(
+    num_rows: int, row_length: int, group: int, entries: int
+) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into (rows, columns) tiles of about `entries` entries.
+
+    Tiles begin at multiples of `group` columns.
+    """
+    length = max(entries // group, 1) * group
+    for start in range(0, row_length, length):
+        columns = slice(start, min(start + length, row_length))
+        for rows in row_tiles(num_rows, columns.stop - start, entries):
+            yield rows, columns
+
+
 def unpack_bits(words: np.ndarray, count: int) -> np.ndarray:
     """Bits of packed int32 words, lowest bit first, as vLLM packs sets of token ids.
 

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arrays import row_tiles
+from .arrays import tiles
 
 DRAFT_NOISE_SALT = 2**30
 """Added to the position of a draft, so that its noise is not that of its verification."""
+
+TILE_ENTRIES = 2**15
+"""Logits that are noised at a time: the dozen temporaries stay in a core's cache."""
 
 HIGH_WORD_DOMAIN = 0x9E3779B9
 """Start of the second hash, which gives the upper half of a float64's random bits."""
@@ -61,65 +64,77 @@ def gumbel_sample(
     num_rows, width = len(logits), constexprs["BLOCK_SIZE"]
     slots = expanded_idx_mapping.numpy()[:num_rows]
     temperatures = np.where(slots >= 0, temperature.numpy()[slots], 0).astype(np.float32)
-    row_seeds = np.where(slots >= 0, seeds.numpy()[slots], 0)
     positions = pos.numpy()[:num_rows] + constexprs["IS_DRAFTING"] * DRAFT_NOISE_SALT
-    scale = temperatures if constexprs["APPLY_TEMPERATURE"] else np.zeros_like(temperatures)
+    dtype = np.float64 if constexprs["USE_FP64"] else np.float32
+    noise = Noise(seeds.numpy()[slots], positions, vocab_size, dtype)
+    divisor = np.where(temperatures == 0, np.float32(1), temperatures)[:, None]
 
-    winners, values = local_argmax.numpy(), local_max.numpy()
-    first = np.arange(winners.shape[1]) * width
-    for tile in row_tiles(num_rows, vocab_size):
-        scores = _padded(_scaled(logits[tile], scale[tile]), len(first) * width, values.dtype)
-        drawn = np.flatnonzero(temperatures[tile])
-        noise = gumbel_noise(
-            row_seeds[tile][drawn], positions[tile][drawn], vocab_size, values.dtype
-        )
-        scores[drawn, :vocab_size] += noise
-        grouped = scores.reshape(len(scores), len(first), width)
-        winners[tile] = grouped.argmax(-1) + first
-        values[tile] = grouped.max(-1)
+    for rows, columns in tiles(num_rows, vocab_size, width, TILE_ENTRIES):
+        scores = logits[rows, columns].float().numpy()
+        if constexprs["APPLY_TEMPERATURE"]:
+            scores = scores / divisor[rows]
+        noised = noise.added(scores, rows, columns, temperatures[rows] != 0)
+        groups = slice(columns.start // width, -(-columns.stop // width))
+        token, value = _group_winners(noised, width)
+        local_argmax.numpy()[rows, groups] = token + columns.start
+        local_max.numpy()[rows, groups] = value
 
 
-def gumbel_noise(
-    seeds: np.ndarray, positions: np.ndarray, vocab_size: int, dtype: Any = np.float32
-) -> np.ndarray:
-    """Standard Gumbel noise for every token id, as vLLM's sampler draws it.
+class Noise:
+    """Standard Gumbel noise of a batch's logits rows, as vLLM's sampler draws it.
 
     Args:
-        seeds: [rows] int64 seed of each row's request.
-        positions: [rows] place in the seed's stream, non-negative.
+        seeds: [T] int64 seed of each row's request.
+        positions: [T] place of the row in its seed's stream.
         vocab_size: number of token ids, V.
         dtype: float32, or float64 for 53 random bits a token.
-
-    Returns:
-        [rows, V] of `dtype`.
     """
-    low = _hash(seeds, positions, vocab_size)
-    if np.dtype(dtype) == np.float32:
-        return -np.log(-_log1p_neg(_uniform32(low)))
-    high = _hash(seeds, positions, vocab_size, HIGH_WORD_DOMAIN)
-    return -np.log(-np.log(_uniform64(high, low)))
+
+    def __init__(
+        self, seeds: np.ndarray, positions: np.ndarray, vocab_size: int, dtype: Any = np.float32
+    ) -> None:
+        domains = [0] if dtype == np.float32 else [0, HIGH_WORD_DOMAIN]
+        self._streams = [stream_states(seeds, positions, domain) for domain in domains]
+        self._ids = _scrambled_ids(vocab_size)
+        self._dtype = dtype
+
+    def of(self, rows: Any, tokens: Any) -> np.ndarray:
+        """Noise of token ids in rows, of the shape that the two indices broadcast to."""
+        words = [_finalized(_mix(states[rows], self._ids[tokens])) for states in self._streams]
+        if len(words) == 1:
+            return -np.log(-_log1p_neg(_uniform32(words[0])))
+        return -np.log(-np.log(_uniform64(words[1], words[0])))
+
+    def added(
+        self, scores: np.ndarray, rows: slice, columns: slice, drawn: np.ndarray
+    ) -> np.ndarray:
+        """A tile's `scores` plus their noise in the rows where `drawn` [rows]; a new array."""
+        noised = scores.astype(self._dtype)
+        possible = drawn[:, None] & (scores > -np.inf)
+        if np.count_nonzero(possible) > possible.size // 4:
+            everywhere = self.of((np.arange(rows.start, rows.stop)[:, None]), columns)
+            noised += everywhere * drawn[:, None].astype(self._dtype)
+        else:  # after top-k or top-p few tokens are left, and noise is the costly part
+            row, token = np.nonzero(possible)
+            noised[row, token] += self.of(row + rows.start, token + columns.start)
+        return noised
 
 
-def _scaled(logits: torch.Tensor, temperature: np.ndarray) -> np.ndarray:
-    """`logits` [rows, V] as float32, divided by the rows' temperature where that is not 0."""
-    divisor = np.where(temperature == 0, np.float32(1), temperature)
-    return logits.float().numpy() / divisor[:, None]
-
-
-def _padded(scores: np.ndarray, width: int, dtype: Any) -> np.ndarray:
-    """`scores` [rows, V] as `dtype`, with minus infinity up to `width` columns."""
-    padded = np.empty((len(scores), width), dtype)
-    padded[:, : scores.shape[1]] = scores
-    padded[:, scores.shape[1] :] = -np.inf
-    return padded
-
-
-def _hash(seeds: np.ndarray, positions: np.ndarray, vocab_size: int, domain: int = 0) -> np.ndarray:
-    """MurmurHash3 of (seed, position, token id) in 32 bits: [rows, vocab_size] uint32."""
-    state = np.full((len(seeds), 1), domain, np.uint32)
+def stream_states(seeds: np.ndarray, positions: np.ndarray, domain: int = 0) -> np.ndarray:
+    """MurmurHash3 (32 bits) of (seed, position), open for the token id: [T] uint32."""
+    state = np.full(len(seeds), domain, np.uint32)
     for word in (seeds, seeds >> 32, positions):
-        state = _mix(state, _scrambled((word & 0xFFFFFFFF).astype(np.uint32)[:, None]))
-    return _finalized(_mix(state, _scrambled_ids(vocab_size)))
+        state = _mix(state, _scrambled((word & 0xFFFFFFFF).astype(np.uint32)))
+    return state
+
+
+def _group_winners(scores: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Column and value of the largest of every `width` columns of `scores` [rows, columns]."""
+    padding = -scores.shape[1] % width
+    if padding:
+        scores = np.pad(scores, ((0, 0), (0, padding)), constant_values=-np.inf)
+    grouped = scores.reshape(len(scores), -1, width)
+    return grouped.argmax(-1) + np.arange(grouped.shape[1]) * width, grouped.max(-1)
 
 
 @functools.lru_cache(maxsize=4)
@@ -173,10 +188,12 @@ def _log1p_neg(u: np.ndarray) -> np.ndarray:
 
     A small u gives the large noise that decides a draw; log(1 - u) itself would round it off.
     """
-    series = np.full_like(u, 1 / 8)
+    result = np.log(np.maximum(1 - u, np.float32(2**-24)))
+    small = np.flatnonzero(u < np.float32(0.25))
+    v = u.reshape(-1)[small]
+    series = np.full_like(v, 1 / 8)
     for degree in range(7, 0, -1):
-        series *= u
+        series *= v
         series += np.float32(1 / degree)
-    series *= -u
-    direct = np.log(np.maximum(1 - u, np.float32(2**-24)))
-    return np.where(u < np.float32(0.25), series, direct)
+    result.reshape(-1)[small] = -v * series
+    return result
