@@ -81,17 +81,25 @@ class RequestOptions:
     threshold: float
 
 
+def shown(value: Any) -> str:
+    """`value` as a message shows it: as Python writes it, but of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def check_keys(options: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
     """Refuse keys of `options` that are not in `allowed`."""
     for key in options:
         if key not in allowed:
-            raise ValueError(f"{where}: unknown option {key!r}; known are {', '.join(allowed)}")
+            raise ValueError(
+                f"{where}: unknown option {shown(key)}; known are {', '.join(allowed)}"
+            )
 
 
 def check_threshold(name: str, value: Any) -> float:
     """Return `value` as a rule's threshold in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+        raise ValueError(f"{name} must be a number in (0, 1], got {shown(value)}")
     return float(value)
 
 
@@ -100,14 +108,14 @@ def check_count(name: str, value: Any, at_most: int | None = None) -> int:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or value < 1 or (at_most is not None and value > at_most):
         allowed = f"from 1 to {at_most}" if at_most is not None else "of at least 1"
-        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
     return value
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
@@ -117,7 +125,7 @@ def check_mask_token_id(value: Any, vocab_size: int) -> int:
     if not is_int or not 0 <= value < vocab_size:
         raise ValueError(
             f"mask_token_id must be a token id from 0 to {vocab_size - 1} "
-            f"(config.json: vocab_size {vocab_size}), got {value!r}"
+            f"(config.json: vocab_size {vocab_size}), got {shown(value)}"
         )
     return value
 
@@ -137,7 +145,7 @@ def resolve_rule(rule: str, threshold: Any, prefix: str = "") -> tuple[str, floa
     if default is None:
         raise ValueError(
             f"{prefix}threshold must not be given with the reveal rule {rule!r}, which takes "
-            f"none, got {threshold!r}"
+            f"none, got {shown(threshold)}"
         )
     return rule, check_threshold(f"{prefix}threshold", threshold)
 
@@ -175,7 +183,8 @@ def _request_rule(
     rule = asked.get("diffusion_reveal", default_rule)
     if constrained and rule != CONSTRAINED_RULE:
         raise ValueError(
-            f"diffusion_reveal must be {CONSTRAINED_RULE!r} with structured outputs, got {rule!r}"
+            f"diffusion_reveal must be {CONSTRAINED_RULE!r} with structured outputs, "
+            f"got {shown(rule)}"
         )
     if "diffusion_threshold" in asked:
         check_threshold("diffusion_threshold", asked["diffusion_threshold"])

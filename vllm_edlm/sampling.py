@@ -39,7 +39,9 @@ class SamplingParameters:
         self.req_states: RequestState = sampler.req_states
         self.mask_token_id = mask_token_id
         self.penalties: PenaltiesState = sampler.penalties_state
+        # Those that vLLM asks when a request comes: bad words are left out.
         self.processors: list[LogitsProcessor] = [sampler.logits_processors[0], self.penalties]
+        sampler.logits_processors = self.processors
         self.bad_words = BadWords(self.req_states.max_num_reqs, self.req_states.device)
         self.counted = np.zeros(self.req_states.max_num_reqs, dtype=np.int64)
 

@@ -24,6 +24,7 @@ from vllm_edlm.compat.vllm_api import (
     SchedulerStats,
     SpecDecodingStats,
 )
+from vllm_edlm.grammar import CanvasGrammars
 from vllm_edlm.metrics import ForwardCounter
 from vllm_edlm.options import block_length_of, served_options
 
@@ -35,6 +36,7 @@ class BlockDiffusionScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.options = served_options(self.vllm_config.model_config.hf_config)
         self.open_blocks: dict[str, OpenBlock] = {}
+        self.grammars = CanvasGrammars(self.structured_output_manager)
         self.forwards = ForwardCounter(self.options.mask_token_id)
         # Lower bound of the tokens that the step being planned may still take.
         self.tokens_left = 0
@@ -171,7 +173,7 @@ class BlockDiffusionScheduler(Scheduler):
             if (request := self.requests.get(request_id)) is not None:
                 index = model_runner_output.req_id_to_index[request_id]
                 self._count_step(request, index, model_runner_output.logprobs)
-                self._trim_to_grammar(request, model_runner_output.sampled_token_ids[index])
+                self.grammars.trim(request, model_runner_output.sampled_token_ids[index])
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id, length in final.items():
             request = self.requests.get(request_id)
@@ -195,24 +197,29 @@ class BlockDiffusionScheduler(Scheduler):
             )
         self.open_blocks[request.request_id] = OpenBlock(start, steps_before + 1, (), kept)
 
-    def _trim_to_grammar(self, request: Request, token_ids: list[int]) -> None:
-        """Cut a run of tokens where the request's grammar ends it, in place.
-
-        Only its first token was chosen under the grammar. If that one is refused, vLLM ends
-        the request with an error: its other parameters leave the grammar no token.
-        """
-        if request.use_structured_output and token_ids:
-            accepted = self.structured_output_manager.validate_tokens(request, token_ids)
-            del token_ids[max(len(accepted), 1) :]
-
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """Grammar masks of the requests that denoise in this step; others have no logits."""
-        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if not scheduler_output.has_structured_output_requests:
+            return None
+        drafts = {
+            request_id: self._certain_tokens(request_id, len(tokens))
+            for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
+        }
         tokens = scheduler_output.num_scheduled_tokens
         denoising = {key: count for key, count in tokens.items() if key in drafts}
         return super().get_grammar_bitmask(
-            replace(scheduler_output, num_scheduled_tokens=denoising)
+            replace(
+                scheduler_output,
+                num_scheduled_tokens=denoising,
+                scheduled_spec_decode_tokens=drafts,
+            )
         )
+
+    def _certain_tokens(self, request_id: str, num_open: int) -> list[int]:
+        """What a grammar makes certain of the open positions; -1 where it does not."""
+        request = self.requests.get(request_id)
+        tokens = self.grammars.certain_tokens(request, num_open) if request is not None else []
+        return tokens + [-1] * (num_open - len(tokens))
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Keep the canvases, which the worker hands back after every step, for preemption."""

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import vllm.envs as envs
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_edlm.family import FAMILIES
-from vllm_edlm.options import request_options, served_options
+from vllm_edlm.options import request_options, served_options, shown
 
 _MARK = "_edlm_original"
 # Kept on the device for every position of every request's open block.
@@ -27,6 +28,7 @@ def install_request_checks() -> None:
     """Replace the checks in this process, once."""
     _replace(SamplingParams, "_validate_diffusion", _validate_diffusion)
     _replace(SamplingParams, "_validate_structured_outputs", _validate_structured_outputs)
+    _replace(SamplingParams, "update_from_tokenizer", _update_from_tokenizer)
     _replace(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
 
 
@@ -57,7 +59,7 @@ def _validate_diffusion(
         if used:
             raise VLLMValidationError(
                 f"{name} is not supported for block-diffusion models, got "
-                f"{getattr(params, name)!r}",
+                f"{shown(getattr(params, name))}",
                 parameter=name,
             )
     for name, (size, limit) in sizes(params, model_config).items():
@@ -126,6 +128,20 @@ def _validate_structured_outputs(
     """Check a grammar as for any other model."""
     config = _LikeAutoregressive(model_config) if _is_ours(model_config) else model_config
     original(params, config, *args, **kwargs)
+
+
+def _update_from_tokenizer(
+    original: Callable[..., None], params: SamplingParams, tokenizer: Any
+) -> None:
+    """Tokenize bad words, and refuse more tokens than a step should look for."""
+    original(params, tokenizer)
+    limit = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    num_tokens = sum(map(len, params.bad_words_token_ids or ()))
+    if num_tokens > limit:
+        raise VLLMValidationError(
+            f"bad_words must be at most {limit} tokens in all, got {num_tokens}",
+            parameter="bad_words",
+        )
 
 
 def _validate_prompt_len(

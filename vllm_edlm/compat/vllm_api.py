@@ -16,6 +16,8 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -63,6 +65,8 @@ __all__ = [
     "SchedulerOutput",
     "SchedulerStats",
     "SpecDecodingStats",
+    "StructuredOutputGrammar",
+    "StructuredOutputManager",
     "WeightsMapper",
     "async_tensor_h2d",
     "build_attn_metadata",
