@@ -30,10 +30,10 @@ def server(
     torch.set_num_threads(1)
     spec = CheckpointSpec(prompt_attention=None, seed=7)
     path, folder = checkpoint(spec), tmp_path_factory.mktemp("server")
-    random_tokenizer().save_pretrained(folder / "tokenizer")
-    flags = (*RANDOM_FLAGS, "--tokenizer", str(folder / "tokenizer"))
+    random_tokenizer().save_pretrained(tokenizer := folder / "tokenizer")
+    flags = (*RANDOM_FLAGS, "--tokenizer", str(tokenizer))
     with serve(path, NAME, folder / "log", *flags) as address:
-        yield RandomServer(address, NAME, spec, OracleModel.load(path))
+        yield RandomServer(address, NAME, tokenizer, spec, OracleModel.load(path))
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +47,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_math(tiny_folder: Path) -> Iterator[Server]:
     """The committed real model, with tokens for tool calls and reasoning."""
-    flags = (*TINY_FLAGS, "--tokenizer", str(tiny_folder / "tokenizer"))
+    flags = (*TINY_FLAGS, "--tokenizer", str(tokenizer := tiny_folder / "tokenizer"))
     with serve(TINY_MATH, TINY_NAME, tiny_folder / "log", *flags) as address:
-        yield Server(address, TINY_NAME)
+        yield Server(address, TINY_NAME, tokenizer)

@@ -33,26 +33,32 @@ PARSERS = (
     *("--enable-auto-tool-choice", "--reasoning-parser", "qwen3"),
     *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
 )
+# JSON without needless spaces, of which a small model never tires.
+GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
 RANDOM_FLAGS = (
     *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "8"),
     *("--additional-config", json.dumps({"edlm": EDLM_OPTIONS})),
     *(*PARSERS, "--tool-call-parser", "hermes"),
-    # So that a grammar can make the model say any text, reasoning included.
-    *("--structured-outputs-config", '{"enable_in_reasoning": true}'),
+    # A grammar can make the model say any text, reasoning included.
+    *("--structured-outputs-config", json.dumps(GRAMMARS | {"enable_in_reasoning": True})),
 )
 TINY_FLAGS = (
     *("--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "16", "--enforce-eager"),
     *(*PARSERS, "--tool-call-parser", "qwen3_coder"),
+    *("--structured-outputs-config", json.dumps(GRAMMARS)),
+    # For clients that name no temperature, such as `vllm chat`.
+    *("--override-generation-config", '{"temperature": 0}'),
 )
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server and the name of its model."""
+    """A running server, the name of its model and the folder of its tokenizer."""
 
     address: str
     name: str
+    tokenizer_path: Path
 
     @property
     def client(self) -> OpenAI:
@@ -134,3 +140,17 @@ def serve(path: Path, name: str, log: Path, *flags: str) -> Iterator[str]:
 def environment() -> dict[str, str]:
     """One thread: two processes with spinning threads on two cores crawl."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def run_command(*command: str, cwd: Path, **variables: str) -> str:
+    """Standard output of an installed command that must succeed."""
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=cwd,
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
