@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.kernel_comparison import assert_same, install_twins
 from vllm_edlm.compat import cpu_kernels
 from vllm_edlm.compat.cpu_kernels import arrays, block_table, input_batch
 
@@ -64,19 +65,6 @@ class Batch:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.query_start_loc[: len(self.slots) + 1].numpy())
-
-
-def assert_same(
-    twin: Callable[..., None], reference: Callable[..., None], *args: Any, **constexprs: int
-) -> None:
-    """Run both on copies of `args` and compare all of them afterwards."""
-    copies = [[a.clone() if torch.is_tensor(a) else a for a in args] for _ in range(2)]
-    twin(*copies[0], **constexprs)
-    reference(*copies[1], **constexprs)
-    for position, (mine, expected) in enumerate(zip(*copies, strict=True)):
-        if torch.is_tensor(mine):
-            assert mine.dtype == expected.dtype
-            assert torch.equal(mine, expected), f"argument {position}: {mine} != {expected}"
 
 
 def prefill_inputs(ids, ahead, _1, num_ahead, slots, qsl, tokens, _2, prefill, computed, **_):
@@ -419,17 +407,7 @@ def test_ragged_treats_negative_lengths_as_empty() -> None:
 
 @pytest.fixture(scope="module")
 def installed() -> None:
-    """vLLM's runner with the twins in place, as in a CPU worker.
-
-    Both the worker's patches of `torch` and the swapped kernels stay for the whole process. They
-    break no other test: these kernels cannot be called at all here without the twins.
-    """
-    platforms = pytest.importorskip("vllm.platforms")
-    if not platforms.current_platform.is_cpu():
-        pytest.skip("the CPU worker's patches would break another platform's streams")
-    pytest.importorskip("vllm.v1.worker.cpu.shm")
-    if not cpu_kernels.install():
-        pytest.skip("Triton is usable here: nothing is replaced")
+    install_twins()
 
 
 def test_install_leaves_a_usable_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
