@@ -21,6 +21,7 @@ from vllm_edlm.compat.vllm_api import (
     PenaltiesState,
     RequestState,
     Sampler,
+    async_tensor_h2d,
     compute_topk_scores,
     gumbel_sample,
 )
@@ -59,7 +60,7 @@ class SamplingParameters:
         """Count the tokens that became known since the last step, for the penalties."""
         slots, known = step.layout.slots, step.layout.known
         if self.penalties.use_penalty[slots].any():
-            counted = torch.from_numpy(self.counted[slots]).to(step.known.device)
+            counted = async_tensor_h2d(self.counted[slots], device=step.known.device)
             index_B = entries(self.req_states.draft_tokens)
             position_NB = counted[:, None] + index_B
             is_new_NB = position_NB < step.known[:, None]
