@@ -118,20 +118,14 @@ BAD_OPTIONS = [
     ({"diffusion_max_steps": 0}, ("diffusion_max_steps", "1 to 8", "0")),
     ({"diffusion_max_steps": 9}, ("diffusion_max_steps", "1 to 8", "9")),
     ({"diffusion_max_steps": "all"}, ("diffusion_max_steps", "1 to 8", "all")),
+    ({"diffusion_canvas_length": 9}, ("diffusion_canvas_length", "1 to 8", "9")),
+    ({"diffusion_reveal": "magic"}, ("diffusion_reveal", "confidence", "prefix", "magic")),
     ({"diffusion_treshold": 0.5}, ("diffusion_treshold",)),
 ]
 UNSUPPORTED: list[dict[str, Any]] = [
-    {"temperature": 0.7},
-    {"presence_penalty": 0.5},
-    {"frequency_penalty": 0.5},
-    {"repetition_penalty": 1.2},
-    {"min_tokens": 3},
-    {"logit_bias": {"7": 1.0}},
-    {"bad_words": ["a"]},
-    {"allowed_token_ids": [7]},
-    {"logprobs": 1},
     {"prompt_logprobs": 1},
-    {"structured_outputs": {"regex": "[0-9]+"}},
+    {"prompt_logprobs": 1, "logprobs": 1, "echo": True},
+    {"thinking_token_budget": 5},
 ]
 
 
