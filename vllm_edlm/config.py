@@ -125,6 +125,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         _switch_prefix_caching_off(vllm_config, options.prompt_attention)
     elif vllm_config.cache_config.enable_prefix_caching:
         _fit_kv_page(vllm_config, options.block_length)
+    _default_to_greedy(vllm_config.model_config)
     install_request_checks()
     install_stat_logger()
     use_model_runner_v2(vllm_config)
@@ -208,3 +209,16 @@ def _fit_kv_page(vllm_config: VllmConfig, block_length: int) -> None:
         return
     cache.block_size = page
     cache.user_specified_block_size = True
+
+
+def _default_to_greedy(model_config: ModelConfig) -> None:
+    """Take generation_config.json at its word: vLLM reads `temperature` alone."""
+    override = model_config.override_generation_config
+    generation = model_config.try_get_generation_config()
+    named = {**generation, **override}
+    if generation.get("do_sample") is False and named.get("temperature") is None:
+        override["temperature"] = 0.0
+        logger.info(
+            "generation_config.json says do_sample: false; requests that name no temperature are "
+            "decoded at temperature 0."
+        )
