@@ -82,39 +82,53 @@ def forward_kinds(start: int, num_open: int, first_block: int, open_block: int) 
         `denoise`: it has open positions.
         `commit`: it runs a generated block that is complete.
     """
-    applies = {
-        PREFILL: start < first_block,
-        DENOISE: num_open > 0,
-        COMMIT: open_block > max(start, first_block),
-    }
-    return [kind for kind in KINDS if applies[kind]] or [PREFILL]
+    kinds = []
+    if start < first_block:
+        kinds.append(PREFILL)
+    if num_open:
+        kinds.append(DENOISE)
+    if first_block < open_block > start:
+        kinds.append(COMMIT)
+    return kinds or [PREFILL]
 
 
-@dataclass(frozen=True)
-class _Denoise:
-    """A request's denoise step under way: its open entries of the canvas, how many masked."""
+@dataclass(slots=True)
+class _OpenBlock:
+    """The block that a request denoises.
 
-    opened: slice
-    masked: int
+    Attributes:
+        start: its first position, which is that of the canvas' first entry.
+        opened: entries of the canvas that the latest denoise step had open: from, to.
+        masked: how many of them are masked; while `under_way`, as the step found them.
+        canvas: the entries after that step.
+        under_way: the step has been scheduled, and its canvas has not come back.
+    """
+
+    start: int
+    opened: tuple[int, int] = (0, 0)
+    masked: int = 0
+    canvas: Sequence[int] = ()
+    under_way: bool = False
 
 
 class ForwardCounter:
     """Counts forwards and reveals as the scheduler tells of them.
 
     In every step: `begin_step`, `add` for each request scheduled, `finish` for each one that
-    is gone, `report` into the step's statistics, then `reveal` with each canvas.
+    is gone, `report` into the step's statistics, then `reveal` with each canvas. This is on
+    the path of every engine step, so `add` and `reveal` do little in the usual case.
     """
 
     def __init__(self, mask_token_id: int) -> None:
         self._mask = mask_token_id
         self._counts = Counts()
-        self._canvases: dict[str, tuple[int, Sequence[int]]] = {}
-        self._denoising: dict[str, _Denoise] = {}
+        self._blocks: dict[str, _OpenBlock] = {}
+        self._finished: dict[str, _OpenBlock] = {}
 
     def begin_step(self, num_tokens: int) -> None:
         """Start a step that runs `num_tokens` tokens, possibly none."""
         self._counts.steps += num_tokens > 0
-        self._denoising.clear()
+        self._finished.clear()
 
     def add(
         self,
@@ -130,43 +144,42 @@ class ForwardCounter:
 
         The other arguments are those of `forward_kinds`.
         """
+        forwards = self._counts.forwards
         for kind in forward_kinds(start, num_open, first_block, open_block):
-            self._counts.forwards[kind] += 1
-        if num_open:
-            width = end - open_block
-            opened = slice(width - num_open, width)
-            block, canvas = self._canvases.get(request_id, (open_block, ()))
-            if block != open_block:
-                canvas = ()
-            self._canvases[request_id] = open_block, canvas
-            masked = self._masked_before(canvas[opened]) if canvas else num_open
-            self._denoising[request_id] = _Denoise(opened, masked)
+            forwards[kind] += 1
+        if not num_open:
+            return
+        block = self._blocks.get(request_id)
+        width = end - open_block
+        if block is None or block.start != open_block:
+            self._blocks[request_id] = block = _OpenBlock(open_block, masked=num_open)
+        elif block.canvas and block.canvas[width - num_open] != self._mask:
+            block.masked = self._masked_again(block.canvas[width - num_open : width])
+        block.opened = width - num_open, width
+        block.under_way = True
 
-    def _masked_before(self, opened: Sequence[int]) -> int:
-        """Masked positions before a step, from what the canvas was after the step before.
+    def _masked_again(self, opened: Sequence[int]) -> int:
+        """Masked positions of a canvas whose first open ones were revealed, but not accepted.
 
-        What precedes the first mask was revealed but not accepted, else it were known: it is
-        masked again.
+        Had they been, they would be known. Up to the first mask they are masked again.
         """
-        not_accepted = next((i for i, token in enumerate(opened) if token == self._mask), None)
-        if not_accepted is None:
-            return len(opened)
-        return not_accepted + list(opened).count(self._mask)
+        run = opened.index(self._mask) if self._mask in opened else len(opened)
+        return run + opened.count(self._mask)
 
     def reveal(self, request_id: str, canvas: Sequence[int]) -> None:
         """Take in the canvas of a request after the step, B token ids; finished ones too."""
-        step = self._denoising.pop(request_id, None)
-        if step is None:
+        block = self._blocks.get(request_id) or self._finished.get(request_id)
+        if block is None or not block.under_way:
             return
-        masked = list(canvas[step.opened]).count(self._mask)
-        self._counts.reveals.append(step.masked - masked)
-        if request_id in self._canvases:
-            block, _ = self._canvases[request_id]
-            self._canvases[request_id] = block, canvas
+        first, end = block.opened
+        masked = canvas[first:end].count(self._mask)
+        self._counts.reveals.append(block.masked - masked)
+        block.masked, block.canvas, block.under_way = masked, canvas, False
 
     def finish(self, request_id: str, num_tokens: int, num_denoises: int) -> None:
         """A request is over, whatever the reason, after so many emitted tokens and steps."""
-        self._canvases.pop(request_id, None)
+        if (block := self._blocks.pop(request_id, None)) is not None:
+            self._finished[request_id] = block
         if num_denoises:
             self._counts.finished.append((num_tokens, num_denoises))
 
@@ -175,7 +188,7 @@ class ForwardCounter:
         if not self._counts:
             return stats
         stats = new_stats() if stats is None else stats
-        self._counts.open_blocks = len(self._canvases)
+        self._counts.open_blocks = len(self._blocks)
         per_position = stats.num_draft_tokens_per_pos[: stats.num_spec_tokens]
         stats.num_draft_tokens_per_pos = per_position + self._counts.to_ints()
         self._counts = Counts()
