@@ -137,7 +137,7 @@ def test_penalties(seed: int, dtype: torch.dtype) -> None:
     ]
     args = (
         *(draw_logits(rng, dtype), VOCABULARY + 5, ints(rng, SLOTS, ROWS)),
-        ints(rng, VOCABULARY + 3, ROWS) - 1,  # padding ids, which are no tokens, too
+        ints(rng, 2, ROWS) * (ints(rng, VOCABULARY + 3, ROWS) + 1) - 1,  # half padding: -1
         torch.minimum(ints(rng, 3, ROWS), torch.arange(ROWS, dtype=torch.int32)),
         *strengths,
         words(rng, SLOTS),
