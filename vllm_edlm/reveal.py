@@ -166,7 +166,6 @@ def rank_positions(
         score = torch.where(uses_N1, score_NB, score)
         accepted = torch.where(uses_N1, accepted_NB, accepted)
     if forced_NB is not None:
-        score = score.masked_fill(forced_NB, torch.inf)
         accepted = accepted | forced_NB
     order = score.masked_fill(~masked_NB, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(score.shape[1], device=order.device).expand_as(order)
@@ -190,6 +189,9 @@ def reveal(ranked: Ranked, masked_NB: Tensor, steps_left_N: Tensor) -> Tensor:
     return ranked.accepted | (masked_NB & (ranked.rank < at_least_N[:, None]))
 
 
-def reveal_one(ranked: Ranked, masked_NB: Tensor) -> Tensor:
-    """[N, B] bool: the first position in rank alone."""
-    return masked_NB & (ranked.rank == 0)
+def reveal_one(ranked: Ranked, masked_NB: Tensor, forced_NB: Tensor | None = None) -> Tensor:
+    """[N, B] bool: the first position in rank alone, or the forced one where there is one."""
+    first_NB = masked_NB & (ranked.rank == 0)
+    if forced_NB is None:
+        return first_NB
+    return torch.where(forced_NB.any(dim=1, keepdim=True), forced_NB, first_NB)

@@ -133,20 +133,16 @@ class BlockDiffusionSampler:
         is_open = canvases.open_entries(canvas, step.offset, step.width)
         masked = is_open & (canvas == self.mask_token_id)
         choice = self._choose(canvas, is_open & ~masked, logits, step)
+        forced = self._forced(masked, step)
         ranked = rank_positions(
-            choice.measures,
-            masked,
-            step.threshold,
-            step.rule,
-            step.rules_in_use,
-            self._forced(masked, step),
+            choice.measures, masked, step.threshold, step.rule, step.rules_in_use, forced
         )
         revealed = reveal(ranked, masked, step.steps_left)
         after = torch.where(revealed, choice.token, canvas)
         if self.parameters.bad_words.any(step.layout.slots):
             # Tokens that are innocent one by one may be a bad word together.
             too_many = self.parameters.completes_bad_word(step, canvas, after)[:, None]
-            revealed = torch.where(too_many, reveal_one(ranked, masked), revealed)
+            revealed = torch.where(too_many, reveal_one(ranked, masked, forced), revealed)
             after = torch.where(revealed, choice.token, canvas)
         if choice.logprobs is not None:
             self.logprobs.keep(step, revealed, choice.logprobs)

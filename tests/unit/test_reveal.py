@@ -91,9 +91,14 @@ def test_rules_side_by_side(rows: list[tuple[list[Position], str, float, int]]) 
 
 
 @pytest.mark.parametrize("index", range(len(RULES)))
-def test_forced_positions_come_first(index: int) -> None:
-    measures, masked = columns([[(1.0, 1.0, 0.0, True), (0.0, 0.0, 1.0, True)]])
-    forced = torch.tensor([[False, True]])
-    ranked = rank_positions(measures, masked, torch.ones(1), torch.tensor([index]), [index], forced)
-    assert reveal(ranked, masked, torch.tensor([9]))[0, 1]
-    assert reveal_one(ranked, masked).tolist() == [[False, True]]
+def test_forced_positions_are_revealed_beside_the_rules_choice(index: int) -> None:
+    row = [(1.0, 1.0, 0.0, True), (0.0, 0.0, 1.0, True), (0.0, 0.0, 1.0, True)]
+    measures, masked = columns([row, row])
+    forced = torch.tensor([[False, True, False], [False, False, False]])
+    rule = torch.tensor([index, index])
+    ranked = rank_positions(measures, masked, torch.ones(2), rule, [index], forced)
+    got = reveal(ranked, masked, torch.tensor([9, 9]))
+    assert got[0, 0], "the rule's own choice"
+    assert got[0, 1], "the forced position"
+    one = reveal_one(ranked, masked, forced)
+    assert one.tolist() == [[False, True, False], [True, False, False]]

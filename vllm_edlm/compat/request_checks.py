@@ -22,6 +22,8 @@ from vllm_edlm.options import request_options, served_options, shown
 _MARK = "_edlm_original"
 # Kept on the device for every position of every request's open block.
 MAX_LOGPROBS = 1024
+# What goes to the engine is written with integers of 64 bits.
+MAX_INT = 2**63 - 1
 
 
 def install_request_checks() -> None:
@@ -102,7 +104,8 @@ def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[
         "with min_tokens, the number of stop_token_ids": (num_stops, limits.MAX_NUM_STOP_TOKEN_IDS),
         "min_tokens": (params.min_tokens, model_config.max_model_len),
         "logprobs": (params.logprobs or 0, MAX_LOGPROBS),
-        "the magnitude of seed": (abs(params.seed or 0), 2**63 - 1),
+        "the magnitude of seed": (abs(params.seed or 0), MAX_INT),
+        "top_k": (params.top_k, MAX_INT),
     }
 
 
