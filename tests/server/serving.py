@@ -47,8 +47,6 @@ TINY_FLAGS = (
     *("--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "16", "--enforce-eager"),
     *(*PARSERS, "--tool-call-parser", "qwen3_coder"),
     *("--structured-outputs-config", json.dumps(GRAMMARS)),
-    # For clients that name no temperature, such as `vllm chat`.
-    *("--override-generation-config", '{"temperature": 0}'),
 )
 
 
