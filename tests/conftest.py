@@ -4,6 +4,11 @@ from pathlib import Path
 
 import pytest
 from checkpoints import CheckpointFactory, CheckpointSpec, write_checkpoint
+from hypothesis import settings
+
+# No test asserts a time.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
