@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from oracle_model import OracleModel
 from oracle_reveal import DEFAULT_THRESHOLDS, Statistics, choose_reveals
-from oracle_sampling import Sampling, candidates, choose, completed, only, process
+from oracle_sampling import GREEDY, Sampling, candidates, choose, completed, only, process
 from torch import Tensor
 
 Grammar = Callable[[Sequence[int]], Collection[int] | None]
@@ -214,7 +214,7 @@ def generate(
     prompt_attention: str,
     max_tokens: int,
     max_model_len: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = GREEDY,
     rule: str = "confidence",
     threshold: float | None = None,
     max_steps: int | None = None,

@@ -35,6 +35,9 @@ class Sampling:
     """Token ids of each word."""
 
 
+GREEDY = Sampling()
+
+
 def process(
     raw: Tensor,
     position: int,
@@ -147,10 +150,9 @@ class Logprob:
     rank: int
 
 
-def logprobs(logits: Tensor, token: int, top: int) -> dict[int, Logprob]:
-    """Of `token` and of the `top` likeliest ones, from logits [V]; ranks begin at 1."""
-    values = logits.double().log_softmax(-1)
-    order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
-    entries = {i: Logprob(values[i].item(), rank + 1) for rank, i in enumerate(order[:top])}
-    rank = int((logits >= logits[token]).sum())
-    return {token: Logprob(values[token].item(), rank)} | entries
+def logprobs(scores: Tensor, token: int, top: int) -> dict[int, Logprob]:
+    """Of `token` and of the `top` best ones, from log-probabilities [V]; ranks begin at 1."""
+    values = scores.tolist()
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    entries = {i: Logprob(values[i], rank) for rank, i in enumerate(order[:top], start=1)}
+    return {token: Logprob(values[token], sum(v >= values[token] for v in values))} | entries

@@ -31,8 +31,9 @@ def crowded(checkpoint: CheckpointFactory) -> Engine:
     spec = CheckpointSpec(layout="plain", prompt_attention=None, seed=1)
     return Engine.start(
         checkpoint(spec),
-        Served(spec.block_length, "block_causal", threshold=0.7),
+        Served(spec.block_length, "block_causal", 0.7, logprobs_mode="processed_logprobs"),
         enforce_eager=True,
+        logprobs_mode="processed_logprobs",
         max_num_batched_tokens=4 * spec.block_length + 3,
         max_num_seqs=4,
         num_gpu_blocks_override=1 + math.ceil(MAX_MODEL_LEN / KV_PAGE),
@@ -50,7 +51,8 @@ def bidirectional(checkpoint: CheckpointFactory) -> Engine:
     spec = CheckpointSpec(layout="encoder", prompt_attention=None, block_length=16, seed=4)
     return Engine.start(
         checkpoint(spec),
-        Served(12, "bidirectional", max_steps=7),
+        Served(12, "bidirectional", max_steps=7, logprobs_mode="processed_logits"),
         enforce_eager=True,
+        logprobs_mode="processed_logits",
         diffusion_config={"canvas_length": 12, "max_denoising_steps": 7},
     )

@@ -1,5 +1,6 @@
 """An in-process engine beside the oracle, and a record of every forward it runs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import EOS_ID, MASK_ID
+from checkpoints import EOS_ID, MASK_ID, VOCABULARY
 from oracle import OracleResult, generate
 from oracle_model import OracleModel
-from vllm import LLM, RequestOutput, SamplingParams
+from oracle_sampling import GREEDY, Sampling, logprobs
+from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from vllm.config import VllmConfig
+from vllm.sampling_params import RequestOutputKind
 
 # The context ends inside a page and inside a block, whatever the block length.
 KV_PAGE = 32
@@ -52,7 +55,10 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Ask:
-    """One greedy request; `None` leaves an option to the server's default."""
+    """One request, greedy unless `sampling` says otherwise.
+
+    `None` leaves an option to the server's default.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int = 24
@@ -60,19 +66,38 @@ class Ask:
     max_steps: int | None = None
     ignore_eos: bool = True
     stop_token_ids: tuple[int, ...] = ()
+    sampling: Sampling = GREEDY
+    reveal: str | None = None
+    canvas_length: int | None = None
+    logprobs: int | None = None
 
     def sampling_params(self) -> SamplingParams:
         options = {
             "diffusion_threshold": self.threshold,
             "diffusion_max_steps": self.max_steps,
+            "diffusion_reveal": self.reveal,
+            "diffusion_canvas_length": self.canvas_length,
         }
         return SamplingParams(
-            temperature=0,
+            **vars(self.sampling)
+            | {
+                "logit_bias": dict(self.sampling.logit_bias) or None,
+                "allowed_token_ids": list(self.sampling.allowed_token_ids) or None,
+                "bad_words": [spelt(word) for word in self.sampling.bad_words],
+            },
             max_tokens=self.max_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=list(self.stop_token_ids),
+            logprobs=self.logprobs,
             extra_args={key: value for key, value in options.items() if value is not None},
         )
+
+
+def spelt(word: Sequence[int]) -> str:
+    """The text that vLLM's bad_words must hold to mean these token ids and no others."""
+    text = "".join(VOCABULARY[token] for token in word)
+    assert text == text.lstrip(), "vLLM drops spaces before a bad word"
+    return text
 
 
 @dataclass(frozen=True)
@@ -81,8 +106,26 @@ class Served:
 
     block_length: int
     prompt_attention: str
-    threshold: float = 0.9
+    threshold: float | None = None
     max_steps: int | None = None
+    reveal: str = "confidence"
+    token_shift: bool = False
+    logprobs_mode: str = "raw_logprobs"
+
+    def threshold_of(self, ask: Ask) -> float | None:
+        """The server's threshold is the default of the server's rule only."""
+        if ask.threshold is not None or ask.reveal not in (None, self.reveal):
+            return ask.threshold
+        return self.threshold
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A request that comes before the step `arrival` and may be aborted before a later one."""
+
+    ask: Ask
+    arrival: int = 0
+    abort: int | None = None
 
 
 @dataclass
@@ -149,18 +192,39 @@ class Engine:
         params = [ask.sampling_params() for ask in asks]
         return self.llm.generate(prompts, params, use_tqdm=False)
 
+    def serve_over_time(self, visits: Sequence[Visit]) -> list[CompletionOutput | None]:
+        """Step the engine while requests arrive and are aborted; what each has at its end."""
+        self.steps.clear()
+        core, latest = self.llm.llm_engine, dict[str, CompletionOutput]()
+        last = max(visit.arrival for visit in visits)
+        step = 0
+        while step <= last or core.has_unfinished_requests():
+            for i, visit in enumerate(visits):
+                if visit.arrival == step:
+                    params = visit.ask.sampling_params()
+                    params.output_kind = RequestOutputKind.CUMULATIVE
+                    core.add_request(f"{i}", {"prompt_token_ids": list(visit.ask.prompt)}, params)
+                if visit.abort == step:
+                    core.abort_request([f"{i}"])
+            latest |= {output.request_id: output.outputs[0] for output in core.step()}
+            step += 1
+        return [latest.get(f"{i}") for i in range(len(visits))]
+
     def expected(self, ask: Ask) -> OracleResult:
         """What the oracle answers to `ask`."""
         return generate(
             self.oracle,
             ask.prompt,
-            block_length=self.served.block_length,
+            block_length=ask.canvas_length or self.served.block_length,
             mask_token_id=MASK_ID,
             prompt_attention=self.served.prompt_attention,
             max_tokens=ask.max_tokens,
             max_model_len=MAX_MODEL_LEN,
-            threshold=self.served.threshold if ask.threshold is None else ask.threshold,
-            max_steps=ask.max_steps or self.served.max_steps,
+            sampling=ask.sampling,
+            rule=ask.reveal or self.served.reveal,
+            threshold=self.served.threshold_of(ask),
+            max_steps=ask.max_steps or self.served.max_steps or self.served.block_length,
+            token_shift=self.served.token_shift,
             eos_token_id=EOS_ID,
             stop_token_ids=ask.stop_token_ids,
             ignore_eos=ask.ignore_eos,
@@ -170,7 +234,26 @@ class Engine:
         """Serve `asks` at once; every answer must be the oracle's, token for token."""
         expected = [self.expected(ask) for ask in asks]
         for ask, output, oracle in zip(asks, self.generate(asks), expected, strict=True):
-            got = output.outputs[0]
-            assert list(got.token_ids) == oracle.token_ids, (len(ask.prompt), ask)
-            assert got.finish_reason == oracle.finish_reason, (len(ask.prompt), ask)
+            self.assert_answer(ask, output.outputs[0], oracle)
         return expected
+
+    def assert_answer(self, ask: Ask, got: CompletionOutput, oracle: OracleResult) -> None:
+        """Tokens, the reason to finish and, if asked for, log-probabilities."""
+        assert list(got.token_ids) == oracle.token_ids, (len(ask.prompt), ask)
+        assert got.finish_reason == oracle.finish_reason, (len(ask.prompt), ask)
+        if ask.logprobs is not None:
+            self.assert_logprobs(got, oracle, ask.logprobs)
+
+    def assert_logprobs(self, got: CompletionOutput, oracle: OracleResult, top: int) -> None:
+        """Entries and ranks are the oracle's, values within 1e-4, in the server's mode."""
+        mode = self.served.logprobs_mode
+        rows = oracle.processed_logits if "processed" in mode else oracle.raw_logits
+        assert got.logprobs is not None
+        for token, row, entries in zip(oracle.token_ids, rows, got.logprobs, strict=True):
+            scores = row if "logits" in mode else row.double().log_softmax(-1)
+            expected = logprobs(scores, token, top)
+            possible = [i for i, entry in expected.items() if entry.logprob > -math.inf]
+            assert len(entries) == len(expected)
+            assert [entries[i].rank for i in possible] == [expected[i].rank for i in possible]
+            values = [expected[i].logprob for i in possible]
+            assert [entries[i].logprob for i in possible] == pytest.approx(values, abs=1e-4)

@@ -1,4 +1,4 @@
-"""What a block costs: d denoise steps are d forwards, and the last block pays no commit."""
+"""What a block costs: d denoise steps are d forwards, the prompt's and the commits' included."""
 
 import pytest
 from harness import Ask, Engine, prompt
@@ -18,7 +18,7 @@ def test_a_block_costs_its_denoise_steps(engine: Engine, threshold: float, lengt
     (expected,) = engine.assert_exact([ask])
     denoises = [step for step in engine.forwards if step.num_drafts]
     assert len(denoises) == sum(expected.denoise_steps)
-    assert len(engine.forwards) == 1 + len(denoises)  # the prompt's
+    assert len(engine.forwards) == len(denoises)  # the prompt's is the first denoise step's
 
 
 def test_commits_ride_on_the_next_block(engine: Engine) -> None:
@@ -27,7 +27,7 @@ def test_commits_ride_on_the_next_block(engine: Engine) -> None:
     ask = Ask(prompt(2 * block, seed=71), max_tokens=4 * block, threshold=1e-6)
     engine.assert_exact([ask])
     widths = [sum(step.num_tokens.values()) for step in engine.forwards]
-    assert widths == [2 * block, block, 2 * block, 2 * block, 2 * block]
+    assert widths == [3 * block, 2 * block, 2 * block, 2 * block]
 
 
 def test_a_stop_abandons_the_block(engine: Engine) -> None:

@@ -46,13 +46,15 @@ def test_random_load(engine: Engine, seed: int) -> None:
     assert denoised == sum(sum(oracle.denoise_steps) for oracle in expected)
 
 
-def prefills(engine: Engine, request: str) -> list[int]:
-    """Query lengths of a request's forwards without open positions, one per (re)start."""
-    return [
-        step.num_tokens[request]
-        for step in engine.forwards
-        if request in step.num_tokens and not step.num_drafts.get(request)
-    ]
+def computed_at_starts(engine: Engine, request: str) -> list[int]:
+    """Known tokens that a request's first forward ran, and each forward after a preemption."""
+    computed, waits = [], True
+    for step in engine.forwards:
+        waits |= request in step.preempted
+        if waits and request in step.num_tokens:
+            computed.append(step.num_tokens[request] - step.num_drafts.get(request, 0))
+            waits = False
+    return computed
 
 
 def test_preempted_requests_find_their_pages_in_the_cache(checkpoint: CheckpointFactory) -> None:
@@ -64,5 +66,5 @@ def test_preempted_requests_find_their_pages_in_the_cache(checkpoint: Checkpoint
     asks = [Ask(prompt(66 + i, seed=100 + i), max_tokens=80, threshold=1.0) for i in range(4)]
     engine.assert_exact(asks)
     preempted = {request for step in engine.forwards for request in step.preempted}
-    runs = [prefills(engine, request) for request in preempted]
+    runs = [computed_at_starts(engine, request) for request in preempted]
     assert any(0 < resumed < first for first, *again in runs for resumed in again)

@@ -18,7 +18,6 @@ from oracle_sampling import (
     nucleus,
     process,
 )
-from torch import Tensor
 
 INF = math.inf
 
@@ -169,11 +168,11 @@ def test_noise_has_the_mean_of_a_gumbel_distribution() -> None:
 
 
 def test_logprobs_and_ranks_by_hand() -> None:
-    logits: Tensor = torch.tensor([1.0, 2, 4, 1]).log()
-    got = logprobs(logits, token=0, top=2)
+    scores = torch.tensor([1.0, 2, 4, 1]).div(8).log()
+    got = logprobs(scores, token=0, top=2)
     expected = {0: (1 / 8, 4), 2: (1 / 2, 1), 1: (1 / 4, 2)}  # ids 0 and 3 tie: the worse rank
     assert got == {
         token: Logprob(pytest.approx(math.log(share)), rank)
         for token, (share, rank) in expected.items()
     }
-    assert logprobs(logits, token=2, top=0).keys() == {2}
+    assert logprobs(scores, token=2, top=0).keys() == {2}
