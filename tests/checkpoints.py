@@ -91,9 +91,12 @@ def random_weights(spec: CheckpointSpec) -> Iterator[tuple[str, Tensor]]:
     A tied head is not among them.
     """
     generator = torch.Generator().manual_seed(spec.seed)
-    for name, shape in _shapes(configuration(spec)):
+    config = configuration(spec)
+    for name, shape in _shapes(config):
         noise = torch.randn(shape, generator=generator)
-        if name.endswith("norm.weight"):
+        if name == "norm.weight" and config["tie_word_embeddings"]:
+            yield name, HEAD_STD / EMBEDDING_STD + 0.1 * noise
+        elif name.endswith("norm.weight"):
             yield name, (QK_NORM_GAIN if "self_attn" in name else 1.0) + 0.1 * noise
         else:
             tensor = noise * _std(name, shape)

@@ -46,6 +46,18 @@ RELEASES = [
         Served(4, "block_causal"),
         options={"hf_overrides": {"mask_token_id": MASK_ID}},
     ),
+    Release(
+        "Fast_dLLM_QwenForCausalLM",
+        "plain",
+        Served(32, "block_causal", token_shift=True),
+        options={"hf_overrides": {"mask_token_id": MASK_ID}},
+    ),
+    Release(
+        "NemotronLabsDiffusionModel",
+        "encoder",
+        Served(32, "causal"),
+        {"mask_token_id": MASK_ID},
+    ),
 ]
 
 
@@ -65,13 +77,17 @@ def test_tokens_are_the_oracles(checkpoint: CheckpointFactory, release: Release)
     results = release.start(checkpoint).assert_exact(requests)
     for threshold in THRESHOLDS:
         chosen = [r for a, r in zip(requests, results, strict=True) if a.threshold == threshold]
-        assert_reveals(threshold, chosen)
+        assert_reveals(threshold, chosen, 1 + release.served.token_shift)
 
 
-def assert_reveals(threshold: float, results: list[OracleResult]) -> None:
-    """The threshold did what it is here for; else equal tokens would show little."""
-    steps = [(n, m) for r in results for n, m in zip(r.revealed, r.masked, strict=True) if m > 1]
-    alone = sum(n == 1 for n, _ in steps) / len(steps)
+def assert_reveals(threshold: float, results: list[OracleResult], least: int) -> None:
+    """The threshold did what it is here for; else equal tokens would show little.
+
+    `least` positions may be revealed whatever the threshold: with token shift, a block's first
+    one beside the surest.
+    """
+    steps = [(n, m) for r in results for n, m in zip(r.revealed, r.masked, strict=True) if m > 2]
+    few = sum(n <= least for n, _ in steps) / len(steps)
     at_once = sum(n == m for n, m in steps) / len(steps)
-    holds = {1.0: alone == 1, 0.5: 0 < alone < 1, 0.1: at_once > 0}
-    assert holds[threshold], (alone, at_once)
+    holds = {1.0: few == 1, 0.5: 0 < few < 1, 0.1: at_once > 0}
+    assert holds[threshold], (few, at_once)
