@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from transformers import PretrainedConfig
 from vllm.config import DiffusionConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -10,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
-from vllm_edlm.family import normalise
+from vllm_edlm.family import FAMILIES, normalise
 from vllm_edlm.options import (
     PROMPT_ATTENTIONS,
     SERVER_OPTIONS,
@@ -47,12 +48,22 @@ def configure_model(model_config: ModelConfig) -> None:
     check_mask_token_id(getattr(config, "mask_token_id", None), config.vocab_size)
     check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
     if (attention := getattr(config, "prompt_attention", None)) is not None:
-        check_choice("prompt_attention in config.json", attention, PROMPT_ATTENTIONS)
+        check_choice("prompt_attention in config.json", attention, _prompt_attentions(config))
     if getattr(config, "use_sliding_window", False):
         raise ValueError("use_sliding_window in config.json: sliding windows are not supported")
     config.canvas_length = check_count(
         "block_size (the block length) in config.json", getattr(config, "block_size", None)
     )
+
+
+def _prompt_attentions(config: PretrainedConfig) -> tuple[str, ...]:
+    """Modes that a model may be served in; token-causal only if it was trained so."""
+    trained_causally = any(
+        FAMILIES[name].prompt_attention == "causal"
+        for name in config.architectures or ()
+        if name in FAMILIES
+    )
+    return (*PROMPT_ATTENTIONS, "causal") if trained_causally else PROMPT_ATTENTIONS
 
 
 def resolve_options(vllm_config: VllmConfig) -> Options:
@@ -97,7 +108,8 @@ def _server_options(vllm_config: VllmConfig) -> dict[str, Any]:
         raise ValueError(f"additional_config: edlm must be an object, got {server!r}")
     check_keys(server, SERVER_OPTIONS, "additional_config: edlm")
     if "prompt_attention" in server:
-        check_choice("edlm.prompt_attention", server["prompt_attention"], PROMPT_ATTENTIONS)
+        allowed = _prompt_attentions(vllm_config.model_config.hf_config)
+        check_choice("edlm.prompt_attention", server["prompt_attention"], allowed)
     if "threshold" in server or "reveal" in server:
         resolve_rule(server.get("reveal", DEFAULT_RULE), server.get("threshold"), "edlm.")
     return server

@@ -20,6 +20,9 @@ RELEASED_NAMES = WeightsMapper(
     orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."}
 )
 
+# A quantised checkpoint may hold scales for the KV cache; the model has defaults.
+KV_SCALES = {f"{part}_{kind}" for part in "qkv" for kind in ("scale", "zero_point")}
+
 # The decoder that stands behind the mixin: no common type of vLLM's has all that it needs.
 _Decoder: Any = Any if TYPE_CHECKING else object
 
@@ -58,7 +61,7 @@ class BlockDiffusionMixin(_Decoder):
             ValueError: a tensor of the checkpoint that the model does not have, or one that
                 the checkpoint lacks, named in the message.
         """
-        if self.quant_config is not None:  # Scales and zero points have names of their own.
+        if self._has_names_of_its_own():
             return super().load_weights(RELEASED_NAMES.apply(weights))
         missing = self._checkpoint_names()
         loaded = super().load_weights(self._take_named(weights, missing))
@@ -66,11 +69,19 @@ class BlockDiffusionMixin(_Decoder):
             raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
 
+    def _has_names_of_its_own(self) -> bool:
+        """Whether a quantisation scheme names its tensors other than vLLM its parameters."""
+        return self.quant_config is not None and (
+            self.quant_config.get_name() != "compressed-tensors"
+        )
+
     def _checkpoint_names(self) -> set[str]:
         """The backbone's own names of every tensor, vLLM's fused ones taken apart."""
         names = set()
         for name, _ in self.named_parameters():
             *module, layer, kind = name.split(".")
+            if kind in KV_SCALES:
+                continue
             for part in self.packed_modules_mapping.get(layer, [layer]):
                 names.add(".".join([*module, part, kind]))
         return names
@@ -81,7 +92,11 @@ class BlockDiffusionMixin(_Decoder):
         """Yield tensors under plain names and take these out of `missing`; refuse others."""
         for name, tensor in weights:
             plain_name = RELEASED_NAMES.map_name(name)
+            assert plain_name is not None, "no released name stands for nothing"
             if plain_name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            if plain_name.rsplit(".", 1)[-1] in KV_SCALES:
+                yield plain_name, tensor
                 continue
             if plain_name not in missing:
                 raise ValueError(f"the checkpoint's tensor {name} is not part of the model")

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_edlm.reveal import RULES
 
-PROMPT_ATTENTIONS = ("block_causal", "bidirectional", "causal")
+PROMPT_ATTENTIONS = ("block_causal", "bidirectional")
 REVEAL_RULES = tuple(RULES)
 SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal")
 REQUEST_OPTIONS = (

@@ -10,6 +10,7 @@ from checkpoints import VOCABULARY_SIZE, CheckpointFactory, CheckpointSpec
 from harness import MAX_MODEL_LEN, SMALL_ENGINE, Ask, Engine, Served, prompt
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 
 def assert_not_loaded(path: Path, tensor: str) -> None:
@@ -76,6 +77,7 @@ def test_bad_configuration(checkpoint: CheckpointFactory, key: str, value: Any, 
         ({"edlm": {"threshold": math.nan}}, "threshold.*nan"),
         ({"edlm": {"prompt_attention": "causal"}}, "prompt_attention.*causal"),
         ({"edlm": {"reveal": "guess"}}, "reveal.*guess"),
+        ({"edlm": {"reveal": "steps", "threshold": 0.5}}, r"threshold.*steps.*0\.5"),
         ({"edlm": {"treshold": 0.5}}, "treshold"),
         ({"edlm": 3}, "edlm.*3"),
     ],
@@ -111,7 +113,6 @@ def test_bad_diffusion_config(
     ("options", "named"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"enable_lora": True}, "LoRA"),
         ({"async_scheduling": True}, "async"),
         ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
@@ -135,19 +136,20 @@ BAD_EXTRA_ARGS = [
     ({"diffusion_max_steps": 0}, "diffusion_max_steps.*1.*8.*0"),
     ({"diffusion_max_steps": 9}, "diffusion_max_steps.*1.*8.*9"),
     ({"diffusion_max_steps": 2.5}, r"diffusion_max_steps.*2\.5"),
+    ({"diffusion_canvas_length": 0}, "diffusion_canvas_length.*1.*8.*0"),
+    ({"diffusion_canvas_length": 9}, "diffusion_canvas_length.*1.*8.*9"),
+    ({"diffusion_reveal": "guess"}, "diffusion_reveal.*confidence.*guess"),
+    ({"diffusion_reveal": "steps", "diffusion_threshold": 0.5}, "diffusion_threshold.*steps"),
     ({"diffusion_treshold": 0.5}, "diffusion_treshold"),
 ]
-UNSUPPORTED = [
-    {"temperature": 0.7},
-    {"presence_penalty": 0.5},
-    {"frequency_penalty": 0.5},
-    {"repetition_penalty": 1.2},
-    {"min_tokens": 3},
-    {"logit_bias": {7: 1.0}},
-    {"bad_words": ["a"]},
-    {"allowed_token_ids": [7]},
-    {"logprobs": 1},
-    {"prompt_logprobs": 1},
+NO_MEANING = [{"prompt_logprobs": 1}, {"thinking_token_budget": 5}]
+TOO_MUCH = [
+    ({"allowed_token_ids": [7] * 1025}, "allowed_token_ids.*1024.*1025"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
+    ({"min_tokens": 2**40, "max_tokens": 2**40}, f"min_tokens.*{MAX_MODEL_LEN}"),
+    ({"stop_token_ids": list(range(128)), "min_tokens": 1}, "stop_token_ids.*128"),
+    ({"seed": 2**70}, "seed"),
+    ({"bad_words": ["ab" * 1000]}, "bad_words.*1024.*2000"),
 ]
 
 
@@ -165,9 +167,23 @@ def test_bad_request_option(compiled: Engine, extra_args: dict[str, Any], named:
     assert_refused(compiled, SamplingParams(temperature=0, extra_args=extra_args), named)
 
 
-@pytest.mark.parametrize("option", UNSUPPORTED, ids=lambda option: next(iter(option)))
-def test_unsupported_parameter(compiled: Engine, option: dict[str, Any]) -> None:
-    assert_refused(compiled, SamplingParams(**({"temperature": 0} | option)), next(iter(option)))
+@pytest.mark.parametrize("option", NO_MEANING, ids=lambda option: next(iter(option)))
+def test_parameter_without_meaning(compiled: Engine, option: dict[str, Any]) -> None:
+    assert_refused(compiled, SamplingParams(temperature=0, **option), next(iter(option)))
+
+
+@pytest.mark.parametrize(("option", "named"), TOO_MUCH, ids=lambda value: str(value)[:20])
+def test_more_than_the_runner_holds(compiled: Engine, option: dict[str, Any], named: str) -> None:
+    assert_refused(compiled, SamplingParams(temperature=0, **option), named)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "steps"])
+def test_a_grammar_wants_the_prefix_rule(compiled: Engine, rule: str) -> None:
+    grammar = StructuredOutputsParams(choice=["yes", "no"])
+    params = SamplingParams(
+        temperature=0, structured_outputs=grammar, extra_args={"diffusion_reveal": rule}
+    )
+    assert_refused(compiled, params, f"diffusion_reveal.*prefix.*{rule}")
 
 
 @pytest.mark.parametrize("name", ["compiled", "crowded", "bidirectional"])

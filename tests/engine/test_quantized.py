@@ -1,6 +1,8 @@
 """int8 weights and activations: tokens of an oracle that quantises alike, and kept accuracy."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +94,18 @@ def test_accuracy_is_kept(llm: LLM) -> None:
     texts = [output.outputs[0].text for output in answer(llm, asked, threshold=0.9)]
     right = sum(grade(text, p.result) for text, p in zip(texts, asked, strict=True))
     assert right >= LEAST_RIGHT
+
+
+@pytest.mark.parametrize("layer", ["self_attn.k_proj", "mlp.down_proj"])
+def test_a_missing_scale_is_named(path: Path, tmp_path: Path, layer: str) -> None:
+    """It would be served with whatever stood in memory."""
+    name = f"model.layers.1.{layer}.weight_scale"
+    copy = shutil.copytree(path, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors")
+    with small_environment(), pytest.raises(ValueError, match=f"lacks {re.escape(name)}"):
+        LLM(str(copy), max_model_len=MAX_MODEL_LEN, enforce_eager=True)
 
 
 def test_linear_layers_alone_lose_at_most_half_a_step(
