@@ -158,7 +158,11 @@ class BlockState:
         length = batch.num_scheduled_tokens.astype(np.int64)
         num_open = _num_drafts(batch)
         known = first + length - num_open
-        start = block_start(known, self.origin[slots], self.block_length[slots])
+        origin = self.origin[slots]
+        start = block_start(known, origin, self.block_length[slots])
+        if self.options.has_causal_past:
+            # A prompt that attends token-causally is final wherever it is cut.
+            start = np.where(known < origin, known, start)
         return Layout(slots, first, length, known, start, num_open)
 
     def begin_step(self, batch: InputBatch) -> Step:

@@ -3,25 +3,37 @@
 import random
 
 import pytest
-from checkpoints import CheckpointFactory, CheckpointSpec
+from checkpoints import MASK_ID, CheckpointFactory, CheckpointSpec
 from harness import KV_PAGE, Ask, Engine, Served, prompt
 
 # Least that holds a request of the longest context, and a little more.
 PAGES = 10
+QWEN3, FAST_DLLM = "EfficientDLM", "Fast_dLLM_QwenForCausalLM"
+NEMOTRON = "NemotronLabsDiffusionModel"
 CASES = {
-    "cached": ("block_causal", 8, {"max_num_batched_tokens": 64, "max_num_seqs": 4}),
-    "whole page": ("block_causal", KV_PAGE, {"max_num_batched_tokens": 100}),
-    "two slots": ("block_causal", 5, {"max_num_batched_tokens": 11, "max_num_seqs": 2}),
-    "whole prompts": ("bidirectional", 4, {"max_num_batched_tokens": 70}),
+    "cached": (QWEN3, "block_causal", 8, {"max_num_batched_tokens": 64, "max_num_seqs": 4}),
+    "whole page": (QWEN3, "block_causal", KV_PAGE, {"max_num_batched_tokens": 100}),
+    "two slots": (QWEN3, "block_causal", 5, {"max_num_batched_tokens": 11, "max_num_seqs": 2}),
+    "whole prompts": (QWEN3, "bidirectional", 4, {"max_num_batched_tokens": 70}),
+    "token shift": (FAST_DLLM, "block_causal", 8, {"max_num_batched_tokens": 40}),
+    "causal": (NEMOTRON, "causal", 8, {"max_num_batched_tokens": 40}),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def engine(request: pytest.FixtureRequest, checkpoint: CheckpointFactory) -> Engine:
-    mode, block_length, options = CASES[request.param]
-    spec = CheckpointSpec(prompt_attention=mode, block_length=block_length, seed=8)
-    options = {"enforce_eager": True, "num_gpu_blocks_override": PAGES, **options}
-    return Engine.start(checkpoint(spec), Served(block_length, mode), **options)
+    architecture, mode, block_length, options = CASES[request.param]
+    spec = CheckpointSpec(architecture, prompt_attention=mode, block_length=block_length, seed=8)
+    options = {
+        "enforce_eager": True,
+        "num_gpu_blocks_override": PAGES,
+        # Some releases name neither in their config.json.
+        "hf_overrides": {"mask_token_id": MASK_ID},
+        "diffusion_config": {"canvas_length": block_length},
+        **options,
+    }
+    served = Served(block_length, mode, token_shift=architecture == FAST_DLLM)
+    return Engine.start(checkpoint(spec), served, **options)
 
 
 def random_ask(rng: random.Random, block_length: int) -> Ask:
