@@ -167,7 +167,9 @@ class _Decoder:
             # No later forward of this block holds the position that predicts its start.
             revealed, first = revealed | {start}, start
         after = [choices[p].token if p in revealed else t for p, t in enumerate(sequence)]
-        bad = any(completed(self.sampling.bad_words, after, p) for p in revealed)
+        prompt_length = self.blocks.prompt_length
+        output = after[prompt_length:]
+        bad = any(completed(self.sampling.bad_words, output, p - prompt_length) for p in revealed)
         return [first] if bad else sorted(revealed)
 
     def _emit(self, sequence: list[int | None], chosen: dict[int, Choice]) -> None:

@@ -55,7 +55,8 @@ def process(
     if position < prompt_length + sampling.min_tokens:
         ban(logits, stop_ids)
     logits = penalised(logits, sequence, prompt_length, sampling)
-    ban(logits, banned_by_words(sampling.bad_words, sequence, position))
+    output = sequence[prompt_length:]
+    ban(logits, banned_by_words(sampling.bad_words, output, position - prompt_length))
     return logits
 
 
@@ -87,21 +88,21 @@ def penalised(logits: Tensor, sequence: Tokens, prompt_length: int, sampling: Sa
     return logits
 
 
-def banned_by_words(words: Collection[Sequence[int]], sequence: Tokens, position: int) -> set[int]:
-    """Tokens that, at `position`, would complete a word up to the end of `sequence`."""
+def banned_by_words(words: Collection[Sequence[int]], output: Tokens, position: int) -> set[int]:
+    """Tokens that, at this index of the output, would complete a word within it."""
     banned = set()
     for word in words:
         for offset, token in enumerate(word):
             place = {position - offset + i: t for i, t in enumerate(word) if i != offset}
-            inside = position >= offset and position - offset + len(word) <= len(sequence)
-            if inside and all(sequence[i] == t for i, t in place.items()):
+            inside = position >= offset and position - offset + len(word) <= len(output)
+            if inside and all(output[i] == t for i, t in place.items()):
                 banned.add(token)
     return banned
 
 
-def completed(words: Collection[Sequence[int]], sequence: Tokens, position: int) -> bool:
-    """Whether a word stands in `sequence`, this position a part of it."""
-    return sequence[position] in banned_by_words(words, sequence, position)
+def completed(words: Collection[Sequence[int]], output: Tokens, position: int) -> bool:
+    """Whether a word stands in the output, this index a part of it."""
+    return output[position] in banned_by_words(words, output, position)
 
 
 def candidates(processed: Tensor, mask_token_id: int, sampling: Sampling) -> Tensor:

@@ -40,3 +40,20 @@ def test_a_stop_abandons_the_block(engine: Engine) -> None:
         if expected.masked[-1] > expected.revealed[-1]:
             return
     pytest.fail("no stop token came before the end of its block")
+
+
+@pytest.mark.parametrize(
+    ("length", "beginning"),
+    [(40, [(32, 0), (16, 8)]), (32, [(32, 0), (8, 8)]), (24, [(32, 8)]), (70, [(32, 0)] * 2)],
+)
+def test_a_prompts_end_runs_beside_the_open_block_if_both_fit(
+    crowded: Engine, length: int, beginning: list[tuple[int, int]]
+) -> None:
+    """The budget is 35 tokens: whole blocks of a prompt, then what is left of it."""
+    assert crowded.config.scheduler_config.max_num_batched_tokens == 35
+    crowded.assert_exact([Ask(prompt(length, seed=73))])
+    runs = [
+        (sum(step.num_tokens.values()), sum(step.num_drafts.values())) for step in crowded.forwards
+    ]
+    assert runs[: len(beginning)] == beginning
+    assert all(drafts for _, drafts in runs[2:])

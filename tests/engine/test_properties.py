@@ -23,6 +23,8 @@ def often(default: object, values: st.SearchStrategy) -> st.SearchStrategy:
     return st.just(default) | values
 
 
+# Nothing that makes the model ever surer of one token: where probabilities round to one, the
+# order of positions is that of rounding errors.
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.0, 0.4, 1.0, 1.8]),
@@ -30,10 +32,10 @@ samplings = st.builds(
     top_k=often(0, st.integers(1, 50)),
     top_p=often(1.0, st.floats(0.1, 1.0)),
     min_p=often(0.0, st.floats(0.0, 0.5)),
-    repetition_penalty=often(1.0, st.floats(0.5, 2.0)),
-    frequency_penalty=often(0.0, st.floats(-1.0, 2.0)),
+    repetition_penalty=often(1.0, st.floats(0.9, 2.0)),
+    frequency_penalty=often(0.0, st.floats(-0.1, 2.0)),
     presence_penalty=often(0.0, st.floats(-1.0, 2.0)),
-    logit_bias=often((), st.dictionaries(LETTERS, st.floats(-9, 7)).map(lambda d: (*d.items(),))),
+    logit_bias=often((), st.dictionaries(LETTERS, st.floats(-9, 4)).map(lambda d: (*d.items(),))),
     allowed_token_ids=often((), st.sets(LETTERS, min_size=20, max_size=60).map(tuple)),
     min_tokens=often(0, st.integers(1, 5)),
     bad_words=often(

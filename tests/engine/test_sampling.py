@@ -62,6 +62,13 @@ def test_bad_words(engine: Engine, length: int) -> None:
     assert not set(words) & {tuple(got[i : i + length]) for i in range(len(got))}
 
 
+def test_bad_words_do_not_begin_in_the_prompt(engine: Engine) -> None:
+    """As in vLLM: the prompt's last letter and the answer's first are no word."""
+    word = (FREE.prompt[-1], engine.expected(FREE).token_ids[0])
+    (expected,) = engine.assert_exact([replace(FREE, sampling=Sampling(bad_words=(word,)))])
+    assert expected.token_ids[0] == word[1]
+
+
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_min_tokens_put_off_stops(engine: Engine, ignore_eos: bool) -> None:
     stops = {*engine.expected(FREE).token_ids[2:5]}

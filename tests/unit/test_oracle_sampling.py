@@ -69,15 +69,20 @@ def test_bias_comes_before_penalties() -> None:
 
 
 def test_bad_words_of_one_token_and_of_several() -> None:
-    sequence = [0, 1, 1, None, None, 2]
-    assert banned_by_words([[4]], sequence, 3) == {4}
-    assert banned_by_words([[1, 1, 3]], sequence, 3) == {3}  # begins in the prompt
-    assert banned_by_words([[3, 2]], sequence, 4) == {3}  # ends at the right
-    assert banned_by_words([[1, 3, 3, 2]], sequence, 3) == set()  # another place is open
-    assert banned_by_words([[3, 2, 0]], sequence, 4) == set()  # ends behind the block
-    assert banned_by_words([[0, 0, 1, 1, 3]], sequence, 3) == set()  # begins before all
+    output = [1, 1, None, None, 2]
+    assert banned_by_words([[4]], output, 2) == {4}
+    assert banned_by_words([[1, 1, 3]], output, 2) == {3}
+    assert banned_by_words([[3, 2]], output, 3) == {3}  # ends at the right
+    assert banned_by_words([[1, 3, 3, 2]], output, 2) == set()  # another place is open
+    assert banned_by_words([[3, 2, 0]], output, 3) == set()  # ends behind the block
+    assert banned_by_words([[0, 1, 1, 3]], output, 2) == set()  # begins before all
     assert banned_by_words([[3, 2], [1, 4]], [1, None, 2], 1) == {3, 4}
     assert banned_by_words([[1, 1]], [1, None, 2], 1) == {1}
+
+
+def test_bad_words_are_sought_in_the_output_alone() -> None:
+    assert processed([1, -2, 3, 4, 5], Sampling(bad_words=((1, 3),))) == [1, -2, 3, -INF, 5]
+    assert processed([1, -2, 3, 4, 5], Sampling(bad_words=((1, 1, 3),))) == [1, -2, 3, 4, 5]
 
 
 def test_a_completed_word_is_seen_at_each_of_its_positions() -> None:
