@@ -1,10 +1,11 @@
 """Where each request stands, on the CPU, and what that means for one step.
 
-Everything a step needs to know about its requests follows from numbers the scheduler sent, so
-no step reads the device. The only device state of a request is its canvas, kept in vLLM's
-`RequestState.draft_tokens`.
+Everything a step needs to know about its requests follows from numbers the scheduler sent and
+from their canvases, which come back from the device after every step, as its tokens do. So a
+step knows beforehand which positions are masked, and waits for nothing.
 
-Legend for shapes: S slots of the runner, N requests of the batch, T rows of logits.
+Legend for shapes: S slots of the runner, N requests of the batch, B block length, T rows of
+logits.
 """
 
 from collections.abc import Sequence
@@ -15,87 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_edlm.compat.vllm_api import InputBatch, LogprobsLists, async_tensor_h2d
+from vllm_edlm.canvas import open_canvas, open_entries
+from vllm_edlm.compat.vllm_api import (
+    InputBatch,
+    LogprobsLists,
+    async_copy_to_np,
+    async_tensor_h2d,
+)
 from vllm_edlm.options import REVEAL_RULES, Options, RequestOptions
+from vllm_edlm.step import Layout, LogitsRows, Step
 from vllm_edlm.virtual_rows import Ints, block_start
 
 NO_BLOCK = -1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a batch's queries lie on their block grids, all [N] on the CPU.
-
-    Attributes:
-        slots: index into the runner's per-request state.
-        first: first position of the query.
-        length: positions in the query.
-        known: positions whose token is known before the step.
-        block_start: first position of the open block.
-        num_open: open positions; 0 where the request is still in its prompt.
-    """
-
-    slots: Ints
-    first: Ints
-    length: Ints
-    known: Ints
-    block_start: Ints
-    num_open: Ints
-
-
-@dataclass(frozen=True)
-class LogitsRows:
-    """The rows of logits of a step, one for each open position; tensors [T].
-
-    Attributes:
-        cell: flat index into the batch's canvases [N, B].
-        slot: the request's slot.
-        position: position in the request's text.
-        counter: number of the draw for the position, unlike any other of the request.
-    """
-
-    cell: Tensor
-    slot: Tensor
-    position: Tensor
-    counter: Tensor
-
-    def tile(self, rows: slice) -> "LogitsRows":
-        """Some of the rows."""
-        return LogitsRows(self.cell[rows], self.slot[rows], self.position[rows], self.counter[rows])
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step's view of its requests; tensors [N] on the device, in batch order.
-
-    Attributes:
-        layout: the batch on the CPU.
-        slots: index into the runner's per-request state.
-        known: positions whose token is known before the step.
-        block_start: first position of the open block.
-        offset: known positions of the open block.
-        width: end of the open block within the block; equal to `offset` where the request is
-            still in its prompt and denoises nothing.
-        steps_left: denoise steps the block may still take, this one included.
-        rule: index of the reveal rule.
-        is_new: bool, the block has had no denoise step.
-        threshold: float32, the reveal rule's parameter.
-        rows: the rows of logits.
-        rules_in_use: the values of `rule`, on the CPU.
-    """
-
-    layout: Layout
-    slots: Tensor
-    known: Tensor
-    block_start: Tensor
-    offset: Tensor
-    width: Tensor
-    steps_left: Tensor
-    rule: Tensor
-    is_new: Tensor
-    threshold: Tensor
-    rows: LogitsRows
-    rules_in_use: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -115,6 +47,37 @@ class OpenBlock:
     logprobs: LogprobsLists | None = None
 
 
+@dataclass(frozen=True)
+class ReturningCanvases:
+    """Canvases on their way from the device to the CPU.
+
+    Attributes:
+        slots: [N] whose they are.
+        canvas: [N, B] token ids, not to be read before `wait`.
+        arrived: the event after the copy, where there is a device to wait for.
+    """
+
+    slots: Ints
+    canvas: Ints
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, slots: Ints, canvas_NB: Tensor) -> "ReturningCanvases":
+        """Start the copy."""
+        canvas = async_copy_to_np(canvas_NB)
+        if not canvas_NB.is_cuda:
+            return cls(slots, canvas, None)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(slots, canvas, arrived)
+
+    def wait(self) -> Ints:
+        """The canvases; they were copied before the tokens that the scheduler has seen."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.canvas
+
+
 class BlockState:
     """Per-slot numbers of the requests in the runner, all arrays [S]."""
 
@@ -128,7 +91,10 @@ class BlockState:
         self.max_steps = np.ones(num_slots, dtype=np.int64)
         self.block_start = np.full(num_slots, NO_BLOCK, dtype=np.int64)
         self.steps_done = np.zeros(num_slots, dtype=np.int64)
-        self.restored: dict[int, OpenBlock] = {}
+        self.canvas = np.full(
+            (num_slots, options.block_length), options.mask_token_id, dtype=np.int64
+        )
+        self._returning: ReturningCanvases | None = None
 
     def add(
         self, slot: int, prompt_length: int, request: RequestOptions, open_block: OpenBlock | None
@@ -140,16 +106,20 @@ class BlockState:
         self.rule[slot] = REVEAL_RULES.index(request.rule)
         self.max_steps[slot] = request.max_steps
         self.block_start[slot] = NO_BLOCK
-        self.restored.pop(slot, None)
         if open_block is not None:
+            self._take_canvases()
             self.block_start[slot] = open_block.start
             self.steps_done[slot] = open_block.steps_done
-            self.restored[slot] = open_block
+            self.canvas[slot] = open_block.canvas
 
-    def take_restored(self) -> dict[int, OpenBlock]:
-        """Open blocks that came back, by slot, whose device state has yet to be written."""
-        restored, self.restored = self.restored, {}
-        return restored
+    def keep_canvases(self, slots: Ints, canvas_NB: Tensor) -> None:
+        """Fetch the canvases as a step has left them; nothing waits for them here."""
+        self._returning = ReturningCanvases.of(slots, canvas_NB)
+
+    def _take_canvases(self) -> None:
+        if self._returning is not None:
+            self.canvas[self._returning.slots] = self._returning.wait()
+            self._returning = None
 
     def layout(self, batch: InputBatch) -> Layout:
         """How the queries of `batch` lie on their grids."""
@@ -167,6 +137,7 @@ class BlockState:
 
     def begin_step(self, batch: InputBatch) -> Step:
         """Derive the step of `batch` and count it for the blocks that it denoises."""
+        self._take_canvases()
         layout = self.layout(batch)
         slots, start = layout.slots, layout.block_start
         denoises = layout.num_open > 0
@@ -178,6 +149,7 @@ class BlockState:
         offset = layout.known - start
         width = np.minimum(offset + layout.num_open, self.block_length[slots])
         rule = self.rule[slots]
+        canvas, is_masked = self._open_canvases(slots, offset, width, is_new)
         ints = np.stack([layout.known, start, offset, width, steps_left, rule])
         known_N, start_N, offset_N, width_N, steps_left_N, rule_N = self._upload(ints)
         return Step(
@@ -191,21 +163,38 @@ class BlockState:
             rule=rule_N,
             is_new=self._upload(is_new),
             threshold=self._upload(self.threshold[slots]),
-            rows=self._logits_rows(layout, steps_done),
+            canvas=self._upload(canvas),
+            rows=self._logits_rows(layout, is_masked, steps_done),
+            num_rows_np=is_masked.sum(axis=1),
             rules_in_use=np.unique(rule).tolist(),
         )
 
-    def _logits_rows(self, layout: Layout, steps_done: Ints) -> LogitsRows:
-        request = np.repeat(np.arange(len(layout.slots)), layout.num_open)
-        run_start = np.cumsum(layout.num_open) - layout.num_open
-        position = np.arange(len(request)) - run_start[request] + layout.known[request]
-        # The runner's warm-up offers drafts past the end of a block; a scheduler never does.
-        entry = np.minimum(position - layout.block_start[request], self.options.block_length - 1)
+    def _open_canvases(
+        self, slots: Ints, offset: Ints, width: Ints, is_new: NDArray[np.bool_]
+    ) -> tuple[Ints, NDArray[np.bool_]]:
+        """Canvases [N, B] before a step, and which of their positions are masked."""
+        offset_N, width_N = torch.from_numpy(offset), torch.from_numpy(width)
+        mask_token_id = self.options.mask_token_id
+        canvas_NB = open_canvas(
+            torch.from_numpy(self.canvas[slots]), offset_N, torch.from_numpy(is_new), mask_token_id
+        )
+        masked_NB = open_entries(canvas_NB, offset_N, width_N) & (canvas_NB == mask_token_id)
+        return canvas_NB.numpy(), masked_NB.numpy()
+
+    def _logits_rows(
+        self, layout: Layout, is_masked: NDArray[np.bool_], steps_done: Ints
+    ) -> LogitsRows:
+        request, entry = np.nonzero(is_masked)
+        position = layout.block_start[request] + entry
+        query_start = np.cumsum(layout.length) - layout.length
+        # Under token shift the position before predicts one. It is always in the query: a
+        # block's first step commits the block before it, and reveals its first position.
+        source = query_start[request] + position - layout.first[request] - self.options.token_shift
         cell = request * self.options.block_length + entry
         slot = layout.slots[request].astype(np.int64)
         # A block of B positions takes B steps at most, so no two draws share a counter.
         counter = position * self.block_length[slot] + steps_done[request]
-        return LogitsRows(*self._upload(np.stack([cell, slot, position, counter])))
+        return LogitsRows(*self._upload(np.stack([source, cell, slot, position, counter])))
 
     def _upload(self, values: NDArray[np.generic]) -> Tensor:
         return async_tensor_h2d(values, device=self.device)

@@ -4,13 +4,11 @@ Legend for shapes: S slots, N requests, B block length, T rows of logits, W colu
 itself and the most likely ones.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from vllm_edlm.block_state import OpenBlock, Step
-from vllm_edlm.compat.vllm_api import LogprobsTensors
+from vllm_edlm.compat.vllm_api import LogprobsLists, LogprobsTensors
+from vllm_edlm.step import Step
 
 
 class CanvasLogprobs:
@@ -66,13 +64,10 @@ class CanvasLogprobs:
             [*run_start, len(run_start) * self.block_length],
         )
 
-    def restore(self, blocks: Mapping[int, OpenBlock]) -> None:
-        """Take up the blocks of requests that came back, by slot."""
-        for slot, block in blocks.items():
-            if block.logprobs is None:
-                continue
-            width = block.logprobs.logprobs.shape[1]
-            self._widen(width)
-            self.token_ids[slot, :, :width] = torch.from_numpy(block.logprobs.logprob_token_ids)
-            self.scores[slot, :, :width] = torch.from_numpy(block.logprobs.logprobs)
-            self.ranks[slot] = torch.from_numpy(block.logprobs.sampled_token_ranks)
+    def restore(self, slot: int, kept: LogprobsLists) -> None:
+        """Take up what the open block of a request had when it was preempted, [B, W]."""
+        width = kept.logprobs.shape[1]
+        self._widen(width)
+        self.token_ids[slot, :, :width] = torch.from_numpy(kept.logprob_token_ids)
+        self.scores[slot, :, :width] = torch.from_numpy(kept.logprobs)
+        self.ranks[slot] = torch.from_numpy(kept.sampled_token_ranks)

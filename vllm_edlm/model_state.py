@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from vllm_edlm.block_state import BlockState, Step
-from vllm_edlm.canvas import open_canvas
+from vllm_edlm.block_state import BlockState
 from vllm_edlm.compat.lora import install_lora_mask, map_logits_rows
 from vllm_edlm.compat.vllm_api import (
     AttentionCGSupport,
@@ -27,6 +26,7 @@ from vllm_edlm.compat.vllm_api import (
 from vllm_edlm.logprobs import CanvasLogprobs
 from vllm_edlm.options import request_options, served_options
 from vllm_edlm.sampler import BlockDiffusionSampler
+from vllm_edlm.step import Step
 from vllm_edlm.virtual_rows import VirtualRows, virtual_rows
 
 
@@ -67,12 +67,15 @@ class BlockDiffusionModelState(ModelState):
         """Take in a new or resumed request."""
         params = new_req_data.sampling_params
         assert params is not None, "pooling is refused at start-up"
+        open_block = getattr(new_req_data, "open_block", None)
         self.blocks.add(
             req_index,
             new_req_data.prompt_len,
             request_options(params.extra_args, self.options, params.structured_outputs is not None),
-            open_block=getattr(new_req_data, "open_block", None),
+            open_block,
         )
+        if open_block is not None and open_block.logprobs is not None:
+            self.logprobs.restore(req_index, open_block.logprobs)
 
     def prepare_inputs_embeds(
         self,
@@ -92,35 +95,28 @@ class BlockDiffusionModelState(ModelState):
         self.step = None
         if not self._is_dummy(input_batch, req_states):
             self.step = self.blocks.begin_step(input_batch)
-            self._open_canvases(self.step, req_states)
             self._write_input_ids(self.step, input_batch, req_states)
+            self._write_logits_rows(self.step, input_batch)
+            self._follow_scheduler(self.step, req_states)
             # The scheduler keeps each canvas, so that preemption loses no revealed token.
             input_batch.has_structured_output_reqs = True
-            if self.options.token_shift:
-                # The position before an open one predicts it, and is always in the query: a
-                # block's first step commits the block before it, and reveals its first position.
-                input_batch.logits_indices = input_batch.logits_indices - 1
-            map_logits_rows(self.model, input_batch.logits_indices)
         return {}
 
     @staticmethod
     def _is_dummy(input_batch: InputBatch, req_states: RequestState) -> bool:
         return input_batch.req_ids[0] not in req_states.req_id_to_index
 
-    def _open_canvases(self, step: Step, req_states: RequestState) -> None:
-        restored = self.blocks.take_restored()
-        for slot, block in restored.items():
-            req_states.draft_tokens[slot] = async_tensor_h2d(
-                list(block.canvas), dtype=req_states.draft_tokens.dtype, device=self.device
-            )
-        self.logprobs.restore(restored)
-        req_states.draft_tokens[step.slots] = open_canvas(
-            req_states.draft_tokens[step.slots],
-            step.offset,
-            step.is_new,
-            self.options.mask_token_id,
-        )
-        # New tokens are appended at the runner's count of tokens; the scheduler's count rules.
+    def _write_logits_rows(self, step: Step, input_batch: InputBatch) -> None:
+        """Have logits computed for the masked positions alone."""
+        num_rows = np.concatenate(([0], np.cumsum(step.num_rows_np))).astype(np.int32)
+        input_batch.logits_indices = step.rows.source
+        input_batch.cu_num_logits_np = num_rows
+        input_batch.cu_num_logits = async_tensor_h2d(num_rows, device=self.device)
+        map_logits_rows(self.model, step.rows.source)
+
+    @staticmethod
+    def _follow_scheduler(step: Step, req_states: RequestState) -> None:
+        """The runner appends new tokens at its own count; the scheduler's count rules."""
         denoises = step.width > step.offset
         total = req_states.total_len.gpu
         total[step.slots] = torch.where(denoises, step.known.to(total.dtype), total[step.slots])
@@ -139,7 +135,7 @@ class BlockDiffusionModelState(ModelState):
         input_batch.input_ids[:num_tokens] = torch.where(
             position_T < step.known[request_T],
             req_states.all_token_ids.gpu[slot_T, position_T],
-            req_states.draft_tokens[slot_T, entry_T].to(torch.int32),
+            step.canvas[request_T, entry_T].to(torch.int32),
         )
 
     def prepare_attn(

@@ -10,11 +10,11 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from vllm_edlm import canvas as canvases
-from vllm_edlm.block_state import LogitsRows, Step
 from vllm_edlm.compat.vllm_api import InputBatch, LogprobsTensors, Sampler, SamplerOutput
 from vllm_edlm.logprobs import CanvasLogprobs
 from vllm_edlm.reveal import RULES, Measures, rank_positions, reveal, reveal_one
 from vllm_edlm.sampling import SamplingParameters
+from vllm_edlm.step import LogitsRows, Step
 
 if TYPE_CHECKING:
     from vllm_edlm.model_state import BlockDiffusionModelState
@@ -36,7 +36,7 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class Choice:
-    """The token chosen for every open position, and what speaks for it.
+    """The token chosen for every masked position, and what speaks for it.
 
     Attributes:
         token: [N, B] token ids.
@@ -76,7 +76,7 @@ class BlockDiffusionSampler:
     Stands in for vLLM's `Sampler` in Model Runner V2. The step that the model state has
     prepared says where each canvas lies.
 
-    Legend for shapes: N requests, B block length, T rows of logits (open positions), R rows of
+    Legend for shapes: N requests, B block length, T rows of logits (masked positions), R rows of
     a tile.
     """
 
@@ -103,7 +103,7 @@ class BlockDiffusionSampler:
         """Denoise once.
 
         Args:
-            logits: [T, V], a row per open position, requests in batch order.
+            logits: [T, V], a row per masked position, requests in batch order.
 
         Returns:
             `num_sampled` [N] tokens emitted and `num_rejected` [N] positions of the query
@@ -112,10 +112,12 @@ class BlockDiffusionSampler:
         step = self.state.step
         if step is None:
             return self._empty_output(input_batch)
-        canvas = self.req_states.draft_tokens[step.slots]
+        canvas = step.canvas
         if logits.shape[0] > 0:
             canvas = self._denoise(canvas, logits, step)
-            self.req_states.draft_tokens[step.slots] = canvas
+        # vLLM hands them to the scheduler from there, the block state to the next step.
+        self.req_states.draft_tokens[step.slots] = canvas
+        self.state.blocks.keep_canvases(step.layout.slots, canvas)
         seq_lens = input_batch.seq_lens[: input_batch.num_reqs]
         tokens, count = canvases.emitted_run(canvas, step.offset, step.width, self.mask_token_id)
         dims = self.parameters.sampler.get_logprobs_dims(step.layout.slots)
@@ -156,7 +158,7 @@ class BlockDiffusionSampler:
         return masked & step.is_new[:, None] & (canvases.entries(masked) == 0)
 
     def _choose(self, canvas: Tensor, revealed: Tensor, logits: Tensor, step: Step) -> Choice:
-        """Choose a token for every open position, tile by tile."""
+        """Choose a token for every masked position, tile by tile."""
         slots = step.layout.slots
         self.parameters.count_known(step)
         self.parameters.count(step, canvas, revealed, 1)

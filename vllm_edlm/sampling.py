@@ -12,7 +12,6 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from vllm_edlm.bad_words import BadWords, BannedTokens
-from vllm_edlm.block_state import LogitsRows, Step
 from vllm_edlm.canvas import entries, greedy_token
 from vllm_edlm.compat.vllm_api import (
     LogitsContext,
@@ -25,6 +24,7 @@ from vllm_edlm.compat.vllm_api import (
     compute_topk_scores,
     gumbel_sample,
 )
+from vllm_edlm.step import LogitsRows, Step
 from vllm_edlm.virtual_rows import Ints
 
 

@@ -7,6 +7,7 @@ patches/0003.
 """
 
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import wraps
 from typing import Any
 
@@ -106,6 +107,13 @@ def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[
         "logprobs": (params.logprobs or 0, MAX_LOGPROBS),
         "the magnitude of seed": (abs(params.seed or 0), MAX_INT),
         "top_k": (params.top_k, MAX_INT),
+        "stream_interval": (params.stream_interval or 0, MAX_INT),
+        "the sizes of repetition_detection": (
+            max((0, *astuple(params.repetition_detection)))
+            if params.repetition_detection is not None
+            else 0,
+            MAX_INT,
+        ),
     }
 
 

@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -68,6 +69,7 @@ __all__ = [
     "StructuredOutputGrammar",
     "StructuredOutputManager",
     "WeightsMapper",
+    "async_copy_to_np",
     "async_tensor_h2d",
     "build_attn_metadata",
     "compute_topk_scores",
