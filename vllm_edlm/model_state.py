@@ -108,10 +108,13 @@ class BlockDiffusionModelState(ModelState):
 
     def _write_logits_rows(self, step: Step, input_batch: InputBatch) -> None:
         """Have logits computed for the masked positions alone."""
-        num_rows = np.concatenate(([0], np.cumsum(step.num_rows_np))).astype(np.int32)
+        border = np.concatenate(([0], np.cumsum(step.num_rows_np))).astype(np.int32)
+        row = np.arange(border[-1], dtype=np.int32) - np.repeat(border[:-1], step.num_rows_np)
         input_batch.logits_indices = step.rows.source
-        input_batch.cu_num_logits_np = num_rows
-        input_batch.cu_num_logits = async_tensor_h2d(num_rows, device=self.device)
+        input_batch.cu_num_logits_np = border
+        input_batch.cu_num_logits = async_tensor_h2d(border, device=self.device)
+        input_batch.expanded_local_pos = async_tensor_h2d(row, device=self.device)
+        input_batch.expanded_idx_mapping = step.rows.slot
         map_logits_rows(self.model, step.rows.source)
 
     @staticmethod
