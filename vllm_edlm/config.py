@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
-from vllm_edlm.family import FAMILIES, normalise
+from vllm_edlm.family import FAMILIES, architecture_of, normalise
 from vllm_edlm.options import (
     PROMPT_ATTENTIONS,
     SERVER_OPTIONS,
@@ -49,8 +49,6 @@ def configure_model(model_config: ModelConfig) -> None:
     check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
     if (attention := getattr(config, "prompt_attention", None)) is not None:
         check_choice("prompt_attention in config.json", attention, _prompt_attentions(config))
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError("use_sliding_window in config.json: sliding windows are not supported")
     config.canvas_length = check_count(
         "block_size (the block length) in config.json", getattr(config, "block_size", None)
     )
@@ -58,11 +56,8 @@ def configure_model(model_config: ModelConfig) -> None:
 
 def _prompt_attentions(config: PretrainedConfig) -> tuple[str, ...]:
     """Modes that a model may be served in; token-causal only if it was trained so."""
-    trained_causally = any(
-        FAMILIES[name].prompt_attention == "causal"
-        for name in config.architectures or ()
-        if name in FAMILIES
-    )
+    name = architecture_of(config)
+    trained_causally = name is not None and FAMILIES[name].prompt_attention == "causal"
     return (*PROMPT_ATTENTIONS, "causal") if trained_causally else PROMPT_ATTENTIONS
 
 

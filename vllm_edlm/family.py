@@ -65,6 +65,15 @@ FAMILIES: Mapping[str, Family] = {
 """By the name that stands in `architectures` of config.json."""
 
 
+def architecture_of(config: Any) -> str | None:
+    """The served architecture that a configuration names, if it names one.
+
+    Args:
+        config: anything with `architectures`, names or None.
+    """
+    return next((name for name in config.architectures or () if name in FAMILIES), None)
+
+
 def normalise(config: Any) -> None:
     """Give a checkpoint's configuration the same attributes whatever its family.
 

@@ -14,8 +14,8 @@ from vllm_edlm.step import Step
 class CanvasLogprobs:
     """Log-probabilities of the revealed positions of every slot's open block.
 
-    The buffers exist once a request has asked for log-probabilities, as wide as the widest
-    request so far.
+    The buffers have no column until a request asks for log-probabilities, and then are as wide
+    as the widest request so far.
     """
 
     def __init__(self, num_slots: int, block_length: int, device: torch.device) -> None:
@@ -23,16 +23,13 @@ class CanvasLogprobs:
         shape = num_slots, block_length
         self.token_ids = torch.zeros(*shape, 0, dtype=torch.int32, device=device)
         self.scores = torch.zeros(*shape, 0, dtype=torch.float32, device=device)
-        self.ranks = torch.zeros(0, block_length, dtype=torch.int64, device=device)
+        self.ranks = torch.zeros(*shape, dtype=torch.int64, device=device)
 
     def _widen(self, width: int) -> None:
         more = width - self.token_ids.shape[2]
-        if more <= 0:
-            return
-        num_slots = self.token_ids.shape[0]
-        self.token_ids = torch.nn.functional.pad(self.token_ids, (0, more))
-        self.scores = torch.nn.functional.pad(self.scores, (0, more))
-        self.ranks = torch.nn.functional.pad(self.ranks, (0, 0, 0, num_slots - self.ranks.shape[0]))
+        if more > 0:
+            self.token_ids = torch.nn.functional.pad(self.token_ids, (0, more))
+            self.scores = torch.nn.functional.pad(self.scores, (0, more))
 
     def keep(self, step: Step, revealed_NB: Tensor, rows: LogprobsTensors) -> None:
         """Keep what a step says about the positions that it reveals.

@@ -50,6 +50,12 @@ TINY_FLAGS = (
 )
 
 
+def post(client: httpx.Client, path: str, body: dict[str, Any] | bytes) -> httpx.Response:
+    """Post bytes, or JSON as Python writes it, NaN included, which clients refuse to send."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return client.post(path, content=content, headers={"Content-Type": "application/json"})
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server, the name of its model and the folder of its tokenizer."""
@@ -67,10 +73,8 @@ class Server:
         return AsyncOpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """Post JSON as Python writes it, NaN included, which client libraries refuse to send."""
-        headers = {"Content-Type": "application/json"}
-        content = json.dumps({"model": self.name} | body)
-        return httpx.post(self.address + path, content=content, headers=headers, timeout=120)
+        with httpx.Client(base_url=self.address, timeout=120) as client:
+            return post(client, path, {"model": self.name} | body)
 
     def counter(self, name: str) -> float:
         """A counter of /metrics, by its name there."""

@@ -1,6 +1,5 @@
 """Bad requests beside a good one: each is told what is wrong, and the good one never notices."""
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from checkpoints import EOS_ID, LETTERS, MASK_ID, VOCABULARY, VOCABULARY_SIZE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import NAME, RandomServer, random_tokenizer
+from serving import NAME, RandomServer, post, random_tokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
@@ -127,12 +126,6 @@ EXTREMES: list[dict[str, Any]] = [
 ]
 
 
-def post(client: httpx.Client, path: str, body: dict[str, Any] | bytes) -> httpx.Response:
-    """Post a body, as JSON with NaN and Infinity unless it is bytes already."""
-    content = body if isinstance(body, bytes) else json.dumps({"model": NAME} | body).encode()
-    return client.post(path, content=content, headers={"Content-Type": "application/json"})
-
-
 def good_stream(server: RandomServer) -> list[int]:
     stream = server.client.completions.create(
         model=NAME,
@@ -155,12 +148,13 @@ def send(
     server: RandomServer, expected: list[int], path: str, bodies: list[Any]
 ) -> list[httpx.Response]:
     """Answers to `bodies`, while the good request streams what it should."""
+    named = [body if isinstance(body, bytes) else {"model": NAME} | body for body in bodies]
     with (
         httpx.Client(base_url=server.address, timeout=TIMEOUT_SECONDS) as client,
         ThreadPoolExecutor(4) as pool,
     ):
         stream = pool.submit(good_stream, server)
-        answers = list(pool.map(lambda body: post(client, path, body), bodies))
+        answers = list(pool.map(lambda body: post(client, path, body), named))
     assert stream.result() == expected
     return answers
 

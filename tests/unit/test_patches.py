@@ -50,7 +50,11 @@ def test_every_module_that_replaces_something_has_a_patch() -> None:
     replacing = [
         path.relative_to(ROOT)
         for path in (ROOT / "vllm_edlm" / "compat").rglob("*.py")
-        if re.search(r"^ *(setattr\(|\w+\.__class__ = |vllm_\w+\.\w+ = )", path.read_text(), re.M)
+        if re.search(
+            r"^ *(replace_method\(|setattr\(|\w+\.__class__ = |vllm_\w+\.\w+ = )",
+            path.read_text(),
+            re.M,
+        )
     ]
     assert replacing, "the pattern finds nothing: it tests nothing"
     assert all(str(path) in named for path in replacing)

@@ -8,7 +8,6 @@ patches/0003.
 
 from collections.abc import Callable
 from dataclasses import astuple
-from functools import wraps
 from typing import Any
 
 import vllm.envs as envs
@@ -17,10 +16,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_edlm.family import FAMILIES
+from vllm_edlm.compat.replacement import replace_method
+from vllm_edlm.family import architecture_of
 from vllm_edlm.options import request_options, served_options, shown
 
-_MARK = "_edlm_original"
 # Kept on the device for every position of every request's open block.
 MAX_LOGPROBS = 1024
 # What goes to the engine is written with integers of 64 bits.
@@ -29,27 +28,14 @@ MAX_INT = 2**63 - 1
 
 def install_request_checks() -> None:
     """Replace the checks in this process, once."""
-    _replace(SamplingParams, "_validate_diffusion", _validate_diffusion)
-    _replace(SamplingParams, "_validate_structured_outputs", _validate_structured_outputs)
-    _replace(SamplingParams, "update_from_tokenizer", _update_from_tokenizer)
-    _replace(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
-
-
-def _replace(cls: type, name: str, check: Callable[..., Any]) -> None:
-    original = getattr(cls, name)
-    if hasattr(original, _MARK):
-        return
-
-    @wraps(original)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return check(original, self, *args, **kwargs)
-
-    setattr(replacement, _MARK, original)
-    setattr(cls, name, replacement)
+    replace_method(SamplingParams, "_validate_diffusion", _validate_diffusion)
+    replace_method(SamplingParams, "_validate_structured_outputs", _validate_structured_outputs)
+    replace_method(SamplingParams, "update_from_tokenizer", _update_from_tokenizer)
+    replace_method(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
 
 
 def _is_ours(model_config: ModelConfig) -> bool:
-    return any(name in FAMILIES for name in model_config.architectures)
+    return architecture_of(model_config) is not None
 
 
 def _validate_diffusion(

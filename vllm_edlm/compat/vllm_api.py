@@ -20,7 +20,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -36,7 +35,6 @@ from vllm.v1.worker.utils import AttentionGroup
 __all__ = [
     "AttentionCGSupport",
     "AttentionGroup",
-    "BlockTables",
     "CUDAGraphMode",
     "DraftTokenIds",
     "EncoderCache",
