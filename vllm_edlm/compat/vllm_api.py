@@ -1,5 +1,6 @@
 """vLLM names outside its public interface, imported in this one place."""
 
+from vllm import _custom_ops as custom_ops
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -71,5 +72,6 @@ __all__ = [
     "async_tensor_h2d",
     "build_attn_metadata",
     "compute_topk_scores",
+    "custom_ops",
     "gumbel_sample",
 ]
