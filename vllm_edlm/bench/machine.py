@@ -33,7 +33,7 @@ def facts(command: str) -> dict[str, str | int | float]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         **_hardware(),
-        "operating system": f"{platform.system()} {platform.release()}",
+        "operating system": f"{platform.system()} {platform.release().split('-')[0]}",
         "Python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
