@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format tiny-math tiny-math-figures clean
+.PHONY: setup demo test lint format bench tiny-math tiny-math-figures clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Measures every table of benchmarks/: hours on two idle cores; needs tiny-math's AR model.
+bench: setup
+	$(BIN)/edlm bench --output benchmarks/results
 
 # Trains tiny-math and converts it: half an hour on two idle cores; goes on where it stopped.
 tiny-math: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ class _Attention(StrEnum):
 
 @app.callback()
 def edlm() -> None:
-    """Block-diffusion language models: convert AR models to them."""
+    """Block-diffusion language models: convert AR models to them, measure how fast they serve."""
 
 
 @app.command()
@@ -78,6 +79,44 @@ def convert(
     except (ValueError, TrainingDivergedError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def bench(
+    tables: Annotated[
+        list[str] | None, typer.Argument(help="names of tables; none: all", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for the tables")] = Path(
+        "benchmarks/results"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a tiny shape and few cells: does it run?")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="times that every figure is measured")] = 2,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start", help="use what vLLM compiled in earlier runs")
+    ] = False,
+) -> None:
+    """Measure speed and memory against vLLM's AR serving and a plain reference loop."""
+    from vllm_edlm.bench.engine import EngineError
+    from vllm_edlm.bench.run import run
+
+    words = ["edlm", "bench", *(tables or []), "--rounds", str(rounds)]
+    words += ["--quick"] * quick + ["--warm-start"] * warm_start
+    try:
+        paths = run(
+            tables or [],
+            output,
+            shlex.join(words),
+            quick=quick,
+            rounds=rounds,
+            warm_start=warm_start,
+        )
+    except (ValueError, FileNotFoundError, EngineError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    for path in paths:
+        typer.echo(path)
 
 
 if __name__ == "__main__":

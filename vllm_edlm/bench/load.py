@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 # Low ids may be special tokens; the last one of a random shape is the mask token.
@@ -67,6 +66,7 @@ class Trace:
     Attributes:
         tokens: the answer's token ids.
         times: of every output that brought tokens.
+        first_count: tokens of the first output.
         denoise_steps: forwards that denoised it; for AR its tokens, as each costs one.
     """
 
@@ -74,6 +74,7 @@ class Trace:
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     denoise_steps: int = 0
+    first_count: int = 0
 
     def take(self, tokens: Iterable[int], now: float) -> None:
         """Take in an output; one without tokens is none."""
@@ -81,6 +82,7 @@ class Trace:
         self.tokens.extend(tokens)
         if len(self.tokens) > before:
             self.times.append(now)
+            self.first_count = self.first_count or len(self.tokens)
 
     @property
     def time_to_first_token(self) -> float:
@@ -94,10 +96,14 @@ class Trace:
 
     @property
     def time_per_token(self) -> float | None:
-        """Seconds per token after the first output's first; None for a single token."""
-        if len(self.tokens) < 2:
+        """Seconds per token that came after the first output; None if there was none.
+
+        The tokens beside the first one in its output took no time after it, so they do not
+        count: else larger blocks would look faster than they are.
+        """
+        if len(self.times) < 2:
             return None
-        return (self.times[-1] - self.times[0]) / (len(self.tokens) - 1)
+        return (self.times[-1] - self.times[0]) / (len(self.tokens) - self.first_count)
 
 
 @dataclass(frozen=True)
@@ -141,11 +147,6 @@ class Round:
 
     @property
     def time_per_output_token(self) -> list[float]:
-        """Seconds per token after a request's first output, for requests of several tokens."""
+        """Seconds per token after a request's first output, for requests of several outputs."""
         times = [trace.time_per_token for trace in self.traces]
         return [time for time in times if time is not None]
-
-
-def median_or_none(values: Sequence[float]) -> float | None:
-    """The median; None of nothing."""
-    return median(values) if values else None
