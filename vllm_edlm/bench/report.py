@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 Value = str | int | float | None
@@ -13,6 +14,8 @@ Facts = Mapping[str, str | int | float]
 
 PANELS_PER_LINE = 2
 PANEL_INCHES = (7.0, 4.5)
+# Characters above a panel.
+TITLE_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def _draw(table: Table, plot: Plot, path: Path) -> None:
     columns = min(PANELS_PER_LINE, len(panels))
     lines = ceil(len(panels) / columns)
     figure = Figure((PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines), layout="constrained")
-    figure.suptitle(table.title)
+    figure.suptitle(fill(table.title, TITLE_WIDTH * columns), fontsize="medium")
     for number, (name, rows) in enumerate(panels, start=1):
         _draw_panel(figure.add_subplot(lines, columns, number), name, rows, plot)
     figure.savefig(path, dpi=100)
@@ -160,10 +163,14 @@ def _draw_panel(axes: Any, name: str, rows: list[Row], plot: Plot) -> None:
         if drawn:
             axes.plot(*zip(*drawn, strict=True), marker="o", label=label)
     axes.set(title=name, xlabel=plot.x, ylabel=plot.y)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if plot.log_x:
         axes.set_xscale("log", base=2)
+        axes.set_xticks(list({row[plot.x] for row in rows} - {None}))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(y=0.1)
+    axes.autoscale_view()
+    axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize="small")
 
@@ -172,6 +179,14 @@ def _groups(rows: list[Row], columns: tuple[str, ...]) -> Iterator[tuple[str, li
     """Rows that agree in `columns`, under a name made of them, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        named = [f"{column} {_cell(row[column])}" for column in columns if row[column] is not None]
-        groups.setdefault(", ".join(named), []).append(row)
+        groups.setdefault(_name(row, columns), []).append(row)
     yield from groups.items()
+
+
+def _name(row: Row, columns: Sequence[str]) -> str:
+    """Values of the columns; words speak for themselves, numbers need their column's name."""
+    values = {column: row[column] for column in columns if row[column] is not None}
+    return ", ".join(
+        value if isinstance(value, str) else f"{column} {_cell(value)}"
+        for column, value in values.items()
+    )

@@ -52,7 +52,7 @@ def forward_work(
     pairs = _pairs(rows, kv_lengths, causal)
     head = shape.vocabulary * shape.hidden
     linear = shape.layers * _layer_parameters(shape)
-    itemsize = getattr(torch, shape.dtype).itemsize
+    itemsize = bytes_per_value(shape)
     return Work(
         weight_bytes=itemsize * (linear + (head if logits_rows else 0)),
         kv_bytes=itemsize * shape.layers * 2 * shape.kv_heads * shape.head_dim * sum(kv_lengths),
@@ -60,6 +60,11 @@ def forward_work(
         # A score and its share of the output: two products of a head's size each.
         + 4 * shape.layers * shape.heads * shape.head_dim * pairs,
     )
+
+
+def bytes_per_value(shape: Shape) -> int:
+    """Of weights, KV and logits."""
+    return getattr(torch, shape.dtype).itemsize
 
 
 def least_seconds(work: Work, rates: Rates) -> float:
