@@ -17,7 +17,7 @@ NOTES = [
     "Figures are medians over rounds, which alternate between the engines; ratios are taken in "
     "each round, then their median. tokens/s counts the time of prompts too.",
     "Tokens per forward: emitted tokens over denoise forwards, counted for each request by "
-    "itself; of an AR model 1, by definition.",
+    "itself; of an AR model 1, by definition. Forwards: of the whole load, prompts included.",
     "Time to first token counts from the request's arrival. Inter-token latency: time between "
     "two outputs of a request, each of one token or more. Time per output token: between the "
     "first output and the last one, for each token that came after the first output; the decode "
@@ -44,6 +44,7 @@ def row(samples: Sequence[Sample], shape: Shape, rates: Rates) -> Row:
         "engine": cell.engine,
         **cell.columns,
         "measured tokens per forward": round(median(r.tokens_per_forward for r in rounds), 3),
+        "forwards": median(len(r.forwards) for r in rounds),
         "tokens/s": median(speeds),
         "tokens/s min": min(speeds),
         "tokens/s max": max(speeds),

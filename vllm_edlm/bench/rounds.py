@@ -64,8 +64,8 @@ def start_up(engines: Mapping[str, Engine]) -> str:
     """A sentence about the time that the engines took to start."""
     seconds = ", ".join(f"{name} {engine.start_seconds:.0f} s" for name, engine in engines.items())
     return (
-        f"Start-up of the processes, in this order, with one compile cache: {seconds}. "
-        "What an earlier engine or table compiled, a later one finds."
+        f"Start-up of the processes, one after another: {seconds}. They share a compile cache, "
+        "which is empty at the start of a run without `--warm-start`."
     )
 
 

@@ -21,6 +21,13 @@ class Shape:
     vocabulary: int = 32000
     dtype: str = "bfloat16"
 
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, hidden {self.hidden}, intermediate {self.intermediate}, "
+            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, "
+            f"vocabulary {self.vocabulary:,}, {self.dtype}"
+        )
+
     @classmethod
     def of_checkpoint(cls, folder: Path) -> "Shape":
         """The shape that a checkpoint's config.json describes."""
