@@ -42,6 +42,10 @@ class Blocks:
         start = self.origin + self.index(known) * self.block_length
         return range(start, min(start + self.block_length, max_model_len))
 
+    def steps(self, block: range, asked: int) -> int:
+        """Denoise steps that a block may take, where `asked` is said of a whole one."""
+        return asked
+
     def mask(self, length: int) -> Tensor:
         """Attention mask [T, T] of a sequence that ends with its open block.
 
@@ -113,16 +117,16 @@ class _Decoder:
         chosen: dict[int, Choice] = {}
         self.result.denoise_steps.append(0)
         while None in sequence and self.result.finish_reason is None:
-            chosen |= self._denoise(sequence, block.start, self.result.denoise_steps[-1])
+            chosen |= self._denoise(sequence, block, self.result.denoise_steps[-1])
             self._emit(sequence, chosen)
             self.result.denoise_steps[-1] += 1
 
-    def _denoise(self, sequence: list[int | None], start: int, step: int) -> dict[int, Choice]:
+    def _denoise(self, sequence: list[int | None], block: range, step: int) -> dict[int, Choice]:
         """One forward over everything up to the open block's end; reveals in place."""
         masked = [p for p, token in enumerate(sequence) if token is None]
         logits = self._logits(sequence)
         choices = {p: self._choose(logits[p], p, sequence, step) for p in masked}
-        revealed = self._reveals(sequence, choices, start, step)
+        revealed = self._reveals(sequence, choices, block, step)
         for position in revealed:
             sequence[position] = choices[position].token
         self.result.masked.append(len(masked))
@@ -155,17 +159,18 @@ class _Decoder:
         self,
         sequence: Sequence[int | None],
         choices: dict[int, Choice],
-        start: int,
+        block: range,
         step: int,
     ) -> list[int]:
         """Positions that the rule reveals, one alone where several would make a bad word."""
         positions = list(choices)
         statistics = [choices[p].statistics for p in positions]
-        order, indices = choose_reveals(self.rule, statistics, self.threshold, step, self.max_steps)
+        max_steps = self.blocks.steps(block, self.max_steps)
+        order, indices = choose_reveals(self.rule, statistics, self.threshold, step, max_steps)
         revealed, first = {positions[i] for i in indices}, positions[order[0]]
-        if self.token_shift and start in choices:
+        if self.token_shift and block.start in choices:
             # No later forward of this block holds the position that predicts its start.
-            revealed, first = revealed | {start}, start
+            revealed, first = revealed | {block.start}, block.start
         after = [choices[p].token if p in revealed else t for p, t in enumerate(sequence)]
         prompt_length = self.blocks.prompt_length
         output = after[prompt_length:]
@@ -225,15 +230,17 @@ def generate(
     stop_token_ids: Collection[int] = (),
     ignore_eos: bool = False,
     grammar: Grammar = _anything,
+    blocks: Blocks | None = None,
 ) -> OracleResult:
     """Decode one request, block after block; ids in, ids and their cost out.
 
-    `threshold` and `max_steps` default to the rule's own and to the block length.
+    `threshold` and `max_steps` default to the rule's own and to the block length; `blocks` to
+    blocks of that length.
     """
     eos = set() if eos_token_id is None else {eos_token_id}
     decoder = _Decoder(
         model=model,
-        blocks=Blocks(block_length, prompt_attention, len(prompt_ids)),
+        blocks=blocks or Blocks(block_length, prompt_attention, len(prompt_ids)),
         mask_token_id=mask_token_id,
         sampling=sampling,
         rule=rule,

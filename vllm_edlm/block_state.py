@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_edlm.adaptive import length_ending_at
 from vllm_edlm.canvas import open_canvas, open_entries
 from vllm_edlm.compat.vllm_api import (
     InputBatch,
@@ -36,12 +37,14 @@ class OpenBlock:
 
     Attributes:
         start: first position of the block.
+        length: its positions.
         steps_done: denoise steps it has had.
         canvas: B token ids, the mask token where a position is masked.
         logprobs: of the revealed positions, [B] rows by position, if the request wants them.
     """
 
     start: int
+    length: int
     steps_done: int
     canvas: Sequence[int] = ()
     logprobs: LogprobsLists | None = None
@@ -81,11 +84,15 @@ class ReturningCanvases:
 class BlockState:
     """Per-slot numbers of the requests in the runner, all arrays [S]."""
 
-    def __init__(self, num_slots: int, options: Options, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, options: Options, max_model_len: int, device: torch.device
+    ) -> None:
         self.options = options
+        self.max_model_len = max_model_len
         self.device = device
         self.origin = np.zeros(num_slots, dtype=np.int64)
-        self.block_length = np.full(num_slots, options.block_length, dtype=np.int64)
+        self.full_length = np.full(num_slots, options.block_length, dtype=np.int64)
+        self.block_length = self.full_length.copy()
         self.threshold = np.zeros(num_slots, dtype=np.float32)
         self.rule = np.zeros(num_slots, dtype=np.int64)
         self.max_steps = np.ones(num_slots, dtype=np.int64)
@@ -101,7 +108,7 @@ class BlockState:
     ) -> None:
         """Take a request into `slot`, with its open block if it was preempted."""
         self.origin[slot] = prompt_length if self.options.blocks_follow_prompt else 0
-        self.block_length[slot] = request.block_length
+        self.full_length[slot] = self.block_length[slot] = request.block_length
         self.threshold[slot] = request.threshold
         self.rule[slot] = REVEAL_RULES.index(request.rule)
         self.max_steps[slot] = request.max_steps
@@ -109,6 +116,7 @@ class BlockState:
         if open_block is not None:
             self._take_canvases()
             self.block_start[slot] = open_block.start
+            self.block_length[slot] = open_block.length
             self.steps_done[slot] = open_block.steps_done
             self.canvas[slot] = open_block.canvas
 
@@ -129,11 +137,26 @@ class BlockState:
         num_open = _num_drafts(batch)
         known = first + length - num_open
         origin = self.origin[slots]
-        start = block_start(known, origin, self.block_length[slots])
+        block_length = self._block_lengths(slots, known, first + length, num_open > 0)
+        start = block_start(known, origin, block_length)
         if self.options.has_causal_past:
             # A prompt that attends token-causally is final wherever it is cut.
             start = np.where(known < origin, known, start)
-        return Layout(slots, first, length, known, start, num_open)
+        return Layout(slots, first, length, known, start, block_length, num_open)
+
+    def _block_lengths(
+        self, slots: Ints, known: Ints, end: Ints, denoises: NDArray[np.bool_]
+    ) -> Ints:
+        """[N] lengths of the open blocks, where the scheduler may choose them."""
+        block_length, start = self.block_length[slots], self.block_start[slots]
+        if self.options.adaptive_canvas is None:
+            return block_length
+        is_first, origin = start == NO_BLOCK, self.origin[slots]
+        opens = denoises & (is_first | (known >= start + block_length))
+        limit = self.max_model_len - origin
+        full_length = self.full_length[slots]
+        chosen = length_ending_at(full_length, known - origin, end - origin, limit, is_first)
+        return np.where(opens, chosen, block_length)
 
     def begin_step(self, batch: InputBatch) -> Step:
         """Derive the step of `batch` and count it for the blocks that it denoises."""
@@ -144,10 +167,14 @@ class BlockState:
         is_new = denoises & (self.block_start[slots] != start)
         steps_done = np.where(is_new, 0, self.steps_done[slots])
         self.block_start[slots] = np.where(denoises, start, self.block_start[slots])
+        self.block_length[slots] = layout.block_length
         self.steps_done[slots] = steps_done + denoises
-        steps_left = np.maximum(self.max_steps[slots] - steps_done, 1)
+        # A shorter block has fewer steps: as many positions as asked are revealed in each.
+        full_length = self.full_length[slots]
+        max_steps = -(-self.max_steps[slots] * layout.block_length // full_length)
+        steps_left = np.maximum(max_steps - steps_done, 1)
         offset = layout.known - start
-        width = np.minimum(offset + layout.num_open, self.block_length[slots])
+        width = np.minimum(offset + layout.num_open, layout.block_length)
         rule = self.rule[slots]
         canvas, is_masked = self._open_canvases(slots, offset, width, is_new)
         ints = np.stack([layout.known, start, offset, width, steps_left, rule])
@@ -193,7 +220,7 @@ class BlockState:
         cell = request * self.options.block_length + entry
         slot = layout.slots[request].astype(np.int64)
         # A block of B positions takes B steps at most, so no two draws share a counter.
-        counter = position * self.block_length[slot] + steps_done[request]
+        counter = position * self.full_length[slot] + steps_done[request]
         return LogitsRows(*self._upload(np.stack([source, cell, slot, position, counter])))
 
     def _upload(self, values: NDArray[np.generic]) -> Tensor:

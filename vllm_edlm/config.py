@@ -8,6 +8,7 @@ from vllm.config import DiffusionConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_edlm.adaptive import DEFAULT_BUDGET
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
@@ -93,7 +94,19 @@ def resolve_options(vllm_config: VllmConfig) -> Options:
         mask_token_id=hf_config.mask_token_id,
         prompt_attention=attention or DEFAULT_PROMPT_ATTENTION,
         token_shift=hf_config.token_shift,
+        adaptive_canvas=_adaptive_canvas(server.get("adaptive_canvas", False)),
     )
+
+
+def _adaptive_canvas(value: Any) -> int | None:
+    """Budget of open positions: of the platform for true, none for false, else a number."""
+    if isinstance(value, bool):
+        default = DEFAULT_BUDGET["cpu" if current_platform.is_cpu() else "other"]
+        return default if value else None
+    try:
+        return check_count("edlm.adaptive_canvas", value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or true or false") from None
 
 
 def _server_options(vllm_config: VllmConfig) -> dict[str, Any]:

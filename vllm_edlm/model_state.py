@@ -50,7 +50,7 @@ class BlockDiffusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.options = served_options(vllm_config.model_config.hf_config)
-        self.blocks = BlockState(self.max_num_reqs, self.options, device)
+        self.blocks = BlockState(self.max_num_reqs, self.options, self.max_model_len, device)
         self.logprobs = CanvasLogprobs(self.max_num_reqs, self.options.block_length, device)
         self.step: Step | None = None
         install_lora_mask(model)
@@ -154,14 +154,13 @@ class BlockDiffusionModelState(ModelState):
     ) -> dict[str, Any]:
         """Attention metadata with one non-causal sequence per virtual row."""
         layout = self.blocks.layout(input_batch)
-        end = layout.first + layout.length
-        open_start = np.where(layout.num_open > 0, layout.block_start, end)
         rows = virtual_rows(
             layout.first,
             layout.length,
             self.blocks.origin[layout.slots],
-            self.blocks.block_length[layout.slots],
-            causal_until=open_start if self.options.has_causal_past else None,
+            self.blocks.full_length[layout.slots],
+            layout.open_start,
+            causal_past=self.options.has_causal_past,
         )
         return self._row_metadata(
             rows, input_batch, block_tables, slot_mappings, attn_groups, kv_cache_config

@@ -13,7 +13,7 @@ from vllm_edlm.reveal import RULES
 
 PROMPT_ATTENTIONS = ("block_causal", "bidirectional")
 REVEAL_RULES = tuple(RULES)
-SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal")
+SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal", "adaptive_canvas")
 REQUEST_OPTIONS = (
     "diffusion_threshold",
     "diffusion_max_steps",
@@ -39,6 +39,8 @@ class Options:
             blocks start at its end; "causal": everything known is token-causal, and generated
             blocks start at the prompt's end.
         token_shift: the logits of a position predict the next one.
+        adaptive_canvas: open positions that all requests together should not exceed, for which
+            blocks are shortened; None to keep every block's length.
     """
 
     block_length: int
@@ -48,6 +50,7 @@ class Options:
     mask_token_id: int
     prompt_attention: str
     token_shift: bool = False
+    adaptive_canvas: int | None = None
 
     @property
     def blocks_follow_prompt(self) -> bool:

@@ -9,7 +9,6 @@ completed last (their commit) and of the open block (a denoise step).
 from dataclasses import replace
 from typing import Any
 
-from vllm_edlm.block_state import OpenBlock
 from vllm_edlm.compat.vllm_api import (
     DraftTokenIds,
     EngineCoreOutputs,
@@ -26,7 +25,8 @@ from vllm_edlm.compat.vllm_api import (
 )
 from vllm_edlm.grammar import CanvasGrammars
 from vllm_edlm.metrics import ForwardCounter
-from vllm_edlm.options import block_length_of, served_options
+from vllm_edlm.open_blocks import OpenBlocks
+from vllm_edlm.options import served_options
 
 
 class BlockDiffusionScheduler(Scheduler):
@@ -35,7 +35,7 @@ class BlockDiffusionScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options = served_options(self.vllm_config.model_config.hf_config)
-        self.open_blocks: dict[str, OpenBlock] = {}
+        self.blocks = OpenBlocks(self.options, self.max_model_len)
         self.grammars = CanvasGrammars(self.structured_output_manager)
         self.forwards = ForwardCounter(self.options.mask_token_id)
         # Lower bound of the tokens that the step being planned may still take.
@@ -54,7 +54,7 @@ class BlockDiffusionScheduler(Scheduler):
         A request whose blocks do not end where KV pages do shares with none: its pages fill up
         before their last block is final.
         """
-        block_length = self._block_length(request)
+        block_length = self.blocks.full_length(request)
         if not self.cache_config.enable_prefix_caching or block_length == self.num_spec_tokens:
             return
         if self.cache_config.block_size % block_length == 0:
@@ -72,16 +72,21 @@ class BlockDiffusionScheduler(Scheduler):
             self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
         )
         for request in self.running:
-            request.spec_token_ids = [-1] * (self._open_end(request) - request.num_tokens)
+            if self.blocks.get(request) is not None:
+                self.blocks.choose_length(request, self._load())
+            request.spec_token_ids = [-1] * (self.blocks.end(request) - request.num_tokens)
         output = super().schedule(throttle_prefills)
         for new_request in output.scheduled_new_reqs:
             request = self.requests[new_request.req_id]
             if (num_open := request.num_computed_tokens - request.num_tokens) > 0:
                 output.scheduled_spec_decode_tokens[request.request_id] = [-1] * num_open
             # Read by the model state: a preempted request takes up its block where it was.
-            new_request.open_block = self.open_blocks.get(request.request_id)  # type: ignore[attr-defined]
+            new_request.open_block = self.blocks.get(request)  # type: ignore[attr-defined]
         self._count_forwards(output)
         return output
+
+    def _load(self) -> int:
+        return min(len(self.running) + len(self.waiting), self.max_num_running_reqs)
 
     def _count_forwards(self, output: SchedulerOutput) -> None:
         self.forwards.begin_step(output.total_num_scheduled_tokens)
@@ -94,29 +99,9 @@ class BlockDiffusionScheduler(Scheduler):
                 end - num_tokens,
                 end,
                 num_open,
-                first_block=self._last_border(request, request.num_prompt_tokens),
-                open_block=self._last_border(request, end - num_open),
+                first_block=self.blocks.last_border(request, request.num_prompt_tokens),
+                open_block=self.blocks.last_border(request, end - num_open),
             )
-
-    def _block_length(self, request: Request) -> int:
-        assert request.sampling_params is not None
-        return block_length_of(request.sampling_params.extra_args, self.options)
-
-    def _block_start(self, request: Request) -> int:
-        """First position of the request's open block."""
-        return self._last_border(request, request.num_tokens)
-
-    def _last_border(self, request: Request, end: int) -> int:
-        """Last position at or before `end` where a query may be cut."""
-        origin = request.num_prompt_tokens if self.options.blocks_follow_prompt else 0
-        if end < origin:
-            return end if self.options.has_causal_past else 0
-        block_length = self._block_length(request)
-        return origin + (end - origin) // block_length * block_length
-
-    def _open_end(self, request: Request) -> int:
-        """End of the open block; the model's length may cut it short."""
-        return min(self._block_start(request) + self._block_length(request), self.max_model_len)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -129,8 +114,10 @@ class BlockDiffusionScheduler(Scheduler):
         at least one token. A bidirectional prompt runs whole.
         """
         end = num_computed_tokens + num_new_tokens
+        if request.status != RequestStatus.RUNNING:
+            self.blocks.choose_length(request, self._load())
         if self._reaches_open_block(request, num_computed_tokens, end):
-            end = self._open_end(request)
+            end = self.blocks.end(request)
         else:
             end = self._cut(request, num_computed_tokens, min(end, request.num_tokens))
         num_new_tokens = max(end - num_computed_tokens, 0)
@@ -141,7 +128,7 @@ class BlockDiffusionScheduler(Scheduler):
     def _reaches_open_block(self, request: Request, start: int, end: int) -> bool:
         """Whether a query from `start`, for which vLLM has tokens up to `end`, can hold the
         whole open block; for a request to be admitted vLLM counts the known tokens alone."""
-        open_end = self._open_end(request)
+        open_end = self.blocks.end(request)
         if request.status == RequestStatus.RUNNING:
             return end == open_end > request.num_tokens
         return end == request.num_tokens < open_end <= start + self.tokens_left
@@ -151,8 +138,8 @@ class BlockDiffusionScheduler(Scheduler):
         is_prompt_end = end == request.num_tokens
         if is_prompt_end and self.options.token_shift:
             # The last known position predicts the first open one: both run in one step.
-            return self._last_border(request, end - 1)
-        border = self._last_border(request, end)
+            return self.blocks.last_border(request, end - 1)
+        border = self.blocks.last_border(request, end)
         admits = request.status != RequestStatus.RUNNING and is_prompt_end
         return end if border <= start and admits else border
 
@@ -168,7 +155,7 @@ class BlockDiffusionScheduler(Scheduler):
         for request_id in scheduler_output.num_scheduled_tokens:
             if (request := self.requests.get(request_id)) is not None:
                 ran_known = min(request.num_computed_tokens, request.num_tokens)
-                final[request_id] = self._last_border(request, ran_known)
+                final[request_id] = self.blocks.last_border(request, ran_known)
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
             if (request := self.requests.get(request_id)) is not None:
                 index = model_runner_output.req_id_to_index[request_id]
@@ -183,9 +170,6 @@ class BlockDiffusionScheduler(Scheduler):
 
     def _count_step(self, request: Request, index: int, logprobs: LogprobsLists | None) -> None:
         """Count a denoise step of the request's open block, and keep what it revealed."""
-        start = self._block_start(request)
-        before = self.open_blocks.get(request.request_id)
-        steps_before = before.steps_done if before is not None and before.start == start else 0
         assert request.sampling_params is not None
         kept = None
         if logprobs is not None and request.sampling_params.num_logprobs is not None:
@@ -195,7 +179,7 @@ class BlockDiffusionScheduler(Scheduler):
                 logprobs.logprobs[rows],
                 logprobs.sampled_token_ranks[rows],
             )
-        self.open_blocks[request.request_id] = OpenBlock(start, steps_before + 1, (), kept)
+        self.blocks.count_step(request, kept)
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """Grammar masks of the requests that denoise in this step; others have no logits."""
@@ -227,13 +211,12 @@ class BlockDiffusionScheduler(Scheduler):
             draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
         ):
             self.forwards.reveal(request_id, canvas)
-            if (block := self.open_blocks.get(request_id)) is not None:
-                self.open_blocks[request_id] = replace(block, canvas=canvas)
+            self.blocks.keep_canvas(request_id, canvas)
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        self.open_blocks.pop(request.request_id, None)
+        self.blocks.remove(request)
         metrics = request.spec_decode_metrics
         num_steps = sum(metrics.histogram) if metrics is not None else 0
         self.forwards.finish(request.request_id, request.num_output_tokens, num_steps)

@@ -6,6 +6,7 @@ Legend for shapes: N requests of the batch, B block length, T rows of logits.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 from torch import Tensor
 
 from vllm_edlm.virtual_rows import Ints
@@ -21,6 +22,7 @@ class Layout:
         length: positions in the query.
         known: positions whose token is known before the step.
         block_start: first position of the open block.
+        block_length: its length, as long as the model's own length does not cut it.
         num_open: open positions; 0 where the request is still in its prompt.
     """
 
@@ -29,7 +31,13 @@ class Layout:
     length: Ints
     known: Ints
     block_start: Ints
+    block_length: Ints
     num_open: Ints
+
+    @property
+    def open_start(self) -> Ints:
+        """[N] start of the open block, the end of the query where there is none."""
+        return np.where(self.num_open > 0, self.block_start, self.first + self.length)
 
 
 @dataclass(frozen=True)

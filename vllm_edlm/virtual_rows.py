@@ -53,7 +53,8 @@ def virtual_rows(
     length: Ints,
     origin: Ints,
     block_length: Ints,
-    causal_until: Ints | None = None,
+    open_start: Ints,
+    causal_past: bool = False,
 ) -> VirtualRows:
     """Cut queries at block borders.
 
@@ -61,17 +62,24 @@ def virtual_rows(
         first: [N] first position of each request's query.
         length: [N] positions in each query, at least 1.
         origin: [N] first position of each request's block grid.
-        block_length: [N] B of each request.
-        causal_until: [N] positions below attend token-causally, in rows of one position each.
+        block_length: [N] B of each request; its open block, and the one before it, may be
+            shorter.
+        open_start: [N] start of the open block, the end of the query where there is none.
+        causal_past: positions before the open block attend token-causally, in rows of one
+            position each.
     """
     request_T = np.repeat(np.arange(len(first)), length)
     query_start = np.cumsum(length) - length
     position_T = np.arange(len(request_T)) - query_start[request_T] + first[request_T]
-    kv_length_T = block_end(position_T, origin[request_T], block_length[request_T])
-    if causal_until is not None:
-        is_causal_T = position_T < causal_until[request_T]
-        kv_length_T = np.where(is_causal_T, position_T + 1, kv_length_T)
-    kv_length_T = np.minimum(kv_length_T, (first + length)[request_T])
+    past_kv_length_T = (
+        position_T + 1
+        if causal_past
+        else block_end(position_T, origin[request_T], block_length[request_T])
+    )
+    open_start_T, end_T = open_start[request_T], (first + length)[request_T]
+    kv_length_T = np.where(
+        position_T < open_start_T, np.minimum(past_kv_length_T, open_start_T), end_T
+    )
     is_border = (np.diff(request_T) != 0) | (np.diff(kv_length_T) != 0)
     row_start = np.concatenate(([0], np.flatnonzero(is_border) + 1))
     return VirtualRows(

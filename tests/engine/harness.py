@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import EOS_ID, MASK_ID, VOCABULARY
-from oracle import OracleResult, generate
+from oracle import Blocks, OracleResult, generate
 from oracle_model import OracleModel
 from oracle_sampling import GREEDY, Sampling, logprobs
 from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
@@ -210,8 +210,8 @@ class Engine:
             step += 1
         return [latest.get(f"{i}") for i in range(len(visits))]
 
-    def expected(self, ask: Ask) -> OracleResult:
-        """What the oracle answers to `ask`."""
+    def expected(self, ask: Ask, blocks: Blocks | None = None) -> OracleResult:
+        """What the oracle answers to `ask`, in blocks of one length or in those given."""
         return generate(
             self.oracle,
             ask.prompt,
@@ -228,6 +228,7 @@ class Engine:
             eos_token_id=EOS_ID,
             stop_token_ids=ask.stop_token_ids,
             ignore_eos=ask.ignore_eos,
+            blocks=blocks,
         )
 
     def assert_exact(self, asks: Sequence[Ask]) -> list[OracleResult]:

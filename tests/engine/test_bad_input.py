@@ -79,6 +79,8 @@ def test_bad_configuration(checkpoint: CheckpointFactory, key: str, value: Any, 
         ({"edlm": {"reveal": "guess"}}, "reveal.*guess"),
         ({"edlm": {"reveal": "steps", "threshold": 0.5}}, r"threshold.*steps.*0\.5"),
         ({"edlm": {"treshold": 0.5}}, "treshold"),
+        ({"edlm": {"adaptive_canvas": 0}}, "adaptive_canvas.*0"),
+        ({"edlm": {"adaptive_canvas": "yes"}}, "adaptive_canvas.*yes.*true or false"),
         ({"edlm": 3}, "edlm.*3"),
     ],
 )

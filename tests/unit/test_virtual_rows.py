@@ -37,26 +37,29 @@ def keys_seen(rows: VirtualRows) -> list[tuple[int, int, int]]:
 
 
 @given(batch=queries)
-def test_rows_are_the_block_mask(batch: list[Query]) -> None:
-    assert keys_seen(virtual_rows(*columns(batch))) == [
+def test_rows_without_an_open_block_are_the_block_mask(batch: list[Query]) -> None:
+    first, length, _, _ = columns(batch)
+    assert keys_seen(virtual_rows(*columns(batch), open_start=first + length)) == [
         (request, position, visible_until(position, first + length, origin, block_length))
         for request, (first, length, origin, block_length) in enumerate(batch)
         for position in range(first, first + length)
     ]
 
 
-@given(batch=queries, data=st.data())
-def test_a_causal_past_sees_itself_and_what_is_before(
-    batch: list[Query], data: st.DataObject
+@given(batch=queries, causal_past=st.booleans(), data=st.data())
+def test_the_open_block_sees_itself_whole_and_is_not_seen(
+    batch: list[Query], causal_past: bool, data: st.DataObject
 ) -> None:
-    until = [data.draw(st.integers(first, first + length)) for first, length, _, _ in batch]
-    rows = virtual_rows(*columns(batch), causal_until=np.array(until))
+    starts = [data.draw(st.integers(first, first + length)) for first, length, _, _ in batch]
+    rows = virtual_rows(*columns(batch), open_start=np.array(starts), causal_past=causal_past)
     for request, position, end in keys_seen(rows):
         first, length, origin, block_length = batch[request]
-        if position < until[request]:
+        if position >= starts[request]:
+            assert end == first + length
+        elif causal_past:
             assert end == position + 1
         else:
-            assert end == visible_until(position, first + length, origin, block_length)
+            assert end == visible_until(position, starts[request], origin, block_length)
 
 
 @given(batch=queries)
