@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -159,7 +160,8 @@ def _answer(
     try:
         result = function(*args, **kwargs)
     except Exception as error:
-        # Not every exception can be pickled.
+        # Not every exception can be pickled, and none takes its traceback along.
+        traceback.print_exc()
         connection.send((None, EngineError(f"{type(error).__name__}: {error}")))
         return None
     connection.send((reply(result), None))
