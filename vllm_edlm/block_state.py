@@ -191,6 +191,7 @@ class BlockState:
             is_new=self._upload(is_new),
             threshold=self._upload(self.threshold[slots]),
             canvas=self._upload(canvas),
+            masked=self._upload(is_masked),
             rows=self._logits_rows(layout, is_masked, steps_done),
             num_rows_np=is_masked.sum(axis=1),
             rules_in_use=np.unique(rule).tolist(),

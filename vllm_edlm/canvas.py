@@ -11,6 +11,8 @@ Legend for shapes: N canvases, B entries in each, R rows of logits, V vocabulary
 import torch
 from torch import Tensor
 
+from vllm_edlm.kernels.row_statistics import probability, row_statistics
+
 
 def entries(canvas_NB: Tensor) -> Tensor:
     """[B] index of each entry."""
@@ -70,36 +72,11 @@ def place(cell_R: Tensor, value_R: Tensor, canvas_NB: Tensor) -> Tensor:
     return placed
 
 
-def greedy_token(logits_RV: Tensor, mask_token_id: int) -> Tensor:
-    """[R] the likeliest token but the mask token, the lowest id on ties.
-
-    Changes `logits_RV` for a moment and restores it: no copy is made.
-    """
-    mask_logit_R = logits_RV[:, mask_token_id].clone()
-    logits_RV[:, mask_token_id] = -torch.inf
-    token_R = logits_RV.argmax(dim=1)
-    logits_RV[:, mask_token_id] = mask_logit_R
-    return token_R
-
-
-def confidence(logits_RV: Tensor, token_R: Tensor) -> Tensor:
-    """[R] float32 probability of each row's token, over the whole vocabulary.
-
-    A row in which every token is banned has confidence 0.
-
-    Args:
-        logits_RV: [R, V] float32.
-    """
-    chosen_R = logits_RV.gather(1, token_R[:, None]).squeeze(1)
-    return (chosen_R - logits_RV.logsumexp(dim=1)).exp().nan_to_num(0.0)
-
-
 def margin(logits_RV: Tensor, token_R: Tensor, mask_token_id: int) -> Tensor:
     """[R] probability of each row's token less the largest of another one but the mask token."""
-    index_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    left_out_RV = (index_V == token_R[:, None]) | (index_V == mask_token_id)
-    second_R = logits_RV.masked_fill(left_out_RV, -torch.inf).argmax(dim=1)
-    return confidence(logits_RV, token_R) - confidence(logits_RV, second_R)
+    others_RV = logits_RV.scatter(1, token_R[:, None], -torch.inf)
+    second_R = row_statistics(others_RV, mask_token_id).token
+    return probability(logits_RV, token_R) - probability(logits_RV, second_R)
 
 
 def entropy(logits_RV: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from vllm_edlm import canvas as canvases
 from vllm_edlm.compat.vllm_api import InputBatch, LogprobsTensors, Sampler, SamplerOutput
+from vllm_edlm.kernels.row_statistics import probability, row_statistics
 from vllm_edlm.logprobs import CanvasLogprobs
 from vllm_edlm.reveal import RULES, Measures, rank_positions, reveal, reveal_one
 from vllm_edlm.sampling import SamplingParameters
@@ -29,9 +30,9 @@ class RowChoice:
 
     token: Tensor
     confidence: Tensor
-    margin: Tensor | None
-    entropy: Tensor | None
-    logprobs: LogprobsTensors | None
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+    logprobs: LogprobsTensors | None = None
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,8 @@ class BlockDiffusionSampler:
 
     def _denoise(self, canvas: Tensor, logits: Tensor, step: Step) -> Tensor:
         """Canvas [N, B] after revealing what the rules choose."""
-        is_open = canvases.open_entries(canvas, step.offset, step.width)
-        masked = is_open & (canvas == self.mask_token_id)
-        choice = self._choose(canvas, is_open & ~masked, logits, step)
+        masked = step.masked
+        choice = self._choose(canvas, logits, step)
         forced = self._forced(masked, step)
         ranked = rank_positions(
             choice.measures, masked, step.threshold, step.rule, step.rules_in_use, forced
@@ -157,11 +157,25 @@ class BlockDiffusionSampler:
             return None
         return masked & step.is_new[:, None] & (canvases.entries(masked) == 0)
 
-    def _choose(self, canvas: Tensor, revealed: Tensor, logits: Tensor, step: Step) -> Choice:
-        """Choose a token for every masked position, tile by tile."""
+    def _choose(self, canvas: Tensor, logits: Tensor, step: Step) -> Choice:
+        """Choose a token for every masked position."""
+        if self.parameters.are_plain(step.layout.slots) and not self._measures(step):
+            parts = [RowChoice(*row_statistics(logits, self.mask_token_id))]
+        else:
+            parts = self._choose_in_tiles(canvas, logits, step)
+        return Choice.joined(parts, step.rows.cell, canvas)
+
+    @staticmethod
+    def _measures(step: Step) -> set[str]:
+        """What the step's reveal rules read besides the confidence."""
+        rules = list(RULES.values())
+        return {needs for i in step.rules_in_use if (needs := rules[i].needs) is not None}
+
+    def _choose_in_tiles(self, canvas: Tensor, logits: Tensor, step: Step) -> list[RowChoice]:
+        """Choose where a request's parameters change its logits, or more than the token counts."""
         slots = step.layout.slots
         self.parameters.count_known(step)
-        self.parameters.count(step, canvas, revealed, 1)
+        self.parameters.count_revealed(step, 1)
         banned = self.parameters.banned(step, canvas)
         parts = []
         for raw, rows in self._tiles(logits, step.rows):
@@ -170,8 +184,8 @@ class BlockDiffusionSampler:
             if banned is not None:
                 banned.apply_(tile, rows.cell)
             parts.append(self._choose_in_tile(raw, tile, rows, step))
-        self.parameters.count(step, canvas, revealed, -1)
-        return Choice.joined(parts, step.rows.cell, canvas)
+        self.parameters.count_revealed(step, -1)
+        return parts
 
     def _tiles(self, logits: Tensor, rows: LogitsRows) -> Iterator[tuple[Tensor, LogitsRows]]:
         num_rows, vocab_size = logits.shape
@@ -180,15 +194,12 @@ class BlockDiffusionSampler:
             tile = slice(start, start + rows_per_tile)
             yield logits[tile], rows.tile(tile)
 
-    def _choose_in_tile(
-        self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step
-    ) -> "RowChoice":
+    def _choose_in_tile(self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step) -> RowChoice:
         token, drawn = self.parameters.draw(tile, rows, step.layout.slots)
-        rules = list(RULES.values())
-        needs = {rules[index].needs for index in step.rules_in_use}
+        needs = self._measures(step)
         return RowChoice(
             token,
-            canvases.confidence(tile, token),
+            probability(tile, token),
             canvases.margin(tile, token, self.mask_token_id) if "margin" in needs else None,
             canvases.entropy(tile) if "entropy" in needs else None,
             self.parameters.logprobs(raw, drawn, token, rows, step.layout.slots),

@@ -12,8 +12,9 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from vllm_edlm.bad_words import BadWords, BannedTokens
-from vllm_edlm.canvas import entries, greedy_token
+from vllm_edlm.canvas import entries, open_entries
 from vllm_edlm.compat.vllm_api import (
+    LogitBiasState,
     LogitsContext,
     LogitsProcessor,
     LogprobsTensors,
@@ -24,6 +25,7 @@ from vllm_edlm.compat.vllm_api import (
     compute_topk_scores,
     gumbel_sample,
 )
+from vllm_edlm.kernels.row_statistics import row_statistics
 from vllm_edlm.step import LogitsRows, Step
 from vllm_edlm.virtual_rows import Ints
 
@@ -40,8 +42,11 @@ class SamplingParameters:
         self.req_states: RequestState = sampler.req_states
         self.mask_token_id = mask_token_id
         self.penalties: PenaltiesState = sampler.penalties_state
+        bias = sampler.logits_processors[0]
+        assert isinstance(bias, LogitBiasState)
+        self.bias = bias
         # Those that vLLM asks when a request comes: bad words are left out.
-        self.processors: list[LogitsProcessor] = [sampler.logits_processors[0], self.penalties]
+        self.processors: list[LogitsProcessor] = [self.bias, self.penalties]
         sampler.logits_processors = self.processors
         self.bad_words = BadWords(self.req_states.max_num_reqs, self.req_states.device)
         self.counted = np.zeros(self.req_states.max_num_reqs, dtype=np.int64)
@@ -56,6 +61,21 @@ class SamplingParameters:
         """Bring new requests' parameters to the device; called once before a step."""
         self.sampler.apply_staged_writes()
 
+    def are_plain(self, slots: Ints) -> bool:
+        """Whether all of a batch's requests, on the CPU [N], take the likeliest tokens, and the
+        model's logits as they are; no more is asked about them."""
+        sampler = self.sampler
+        changes = (
+            sampler.sampling_states.temperature.np[slots] > 0,
+            self.bias.use_logit_bias[slots],
+            self.penalties.use_penalty[slots],
+        )
+        return not (
+            any(change.any() for change in changes)
+            or self.bad_words.any(slots)
+            or sampler.get_logprobs_dims(slots) is not None
+        )
+
     def count_known(self, step: Step) -> None:
         """Count the tokens that became known since the last step, for the penalties."""
         slots, known = step.layout.slots, step.layout.known
@@ -66,13 +86,17 @@ class SamplingParameters:
             is_new_NB = position_NB < step.known[:, None]
             inside_NB = position_NB.clamp(max=self.req_states.all_token_ids.gpu.shape[1] - 1)
             token_NB = self.req_states.all_token_ids.gpu[step.slots[:, None], inside_NB]
-            self.count(step, token_NB, is_new_NB, 1)
+            self._count(step, token_NB, is_new_NB, 1)
         self.counted[slots] = np.maximum(self.counted[slots], known)
 
-    def count(self, step: Step, token_NB: Tensor, counts_NB: Tensor, times: int) -> None:
+    def count_revealed(self, step: Step, times: int) -> None:
+        """Add `times` to the counts of the revealed tokens that are not known yet."""
+        if self.penalties.use_penalty[step.layout.slots].any():
+            is_open_NB = open_entries(step.canvas, step.offset, step.width)
+            self._count(step, step.canvas, is_open_NB & ~step.masked, times)
+
+    def _count(self, step: Step, token_NB: Tensor, counts_NB: Tensor, times: int) -> None:
         """Add `times` to the counts of the tokens for which `counts_NB` holds."""
-        if not self.penalties.use_penalty[step.layout.slots].any():
-            return
         counts = self.penalties.output_bin_counts
         cell_NB = step.slots[:, None] * counts.shape[1] + token_NB.masked_fill(~counts_NB, 0)
         counts.view(-1).scatter_add_(
@@ -135,7 +159,7 @@ class SamplingParameters:
         """
         states = self.sampler.sampling_states
         if not states.temperature.np[slots].any():
-            return greedy_token(logits_RV, self.mask_token_id), logits_RV
+            return row_statistics(logits_RV, self.mask_token_id).token, logits_RV
         candidates = logits_RV.clone()
         candidates[:, self.mask_token_id] = -torch.inf
         states.apply_temperature(candidates, rows.slot, slots)

@@ -80,6 +80,7 @@ class Step:
         is_new: bool, the block has had no denoise step.
         threshold: float32, the reveal rule's parameter.
         canvas: [N, B] token ids before the step, the mask token where a position is masked.
+        masked: [N, B] bool, the masked positions.
         rows: the rows of logits.
         num_rows_np: [N] on the CPU, rows of logits of each request.
         rules_in_use: the values of `rule`, on the CPU.
@@ -96,6 +97,7 @@ class Step:
     is_new: Tensor
     threshold: Tensor
     canvas: Tensor
+    masked: Tensor
     rows: LogitsRows
     num_rows_np: Ints
     rules_in_use: Sequence[int]

@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_edlm.canvas import (
-    confidence,
     emitted_run,
     entropy,
-    greedy_token,
     margin,
     open_canvas,
     open_entries,
@@ -24,17 +22,6 @@ MASK = 9
 @pytest.fixture
 def logits() -> torch.Tensor:
     return torch.tensor([[0.0, 1.0, 1.0, 5.0], [2.0, 0.0, 0.0, 0.0]])
-
-
-def test_greedy_token_is_never_the_mask(logits: torch.Tensor) -> None:
-    before = logits.clone()
-    assert greedy_token(logits, mask_token_id=3).tolist() == [1, 0], "the lowest id on ties"
-    assert torch.equal(logits, before)
-
-
-def test_confidence_is_over_the_whole_vocabulary(logits: torch.Tensor) -> None:
-    token = torch.tensor([1, 0])
-    assert torch.allclose(confidence(logits, token), logits.softmax(dim=1)[[0, 1], token])
 
 
 def test_margin_leaves_the_mask_out(logits: torch.Tensor) -> None:
@@ -53,7 +40,6 @@ def test_entropy_counts_the_mask(logits: torch.Tensor) -> None:
 def test_measures_where_tokens_are_banned() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 0.0], [-math.inf, -math.inf, -math.inf]])
     token = torch.tensor([1, 0])
-    assert confidence(logits, token).tolist() == [0.5, 0.0]
     assert margin(logits, token, mask_token_id=0).tolist() == [0.0, 0.0]
     assert torch.allclose(entropy(logits), torch.tensor([math.log(2), 0.0]))
 
