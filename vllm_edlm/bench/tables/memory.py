@@ -33,10 +33,10 @@ NOTES = [
     "CPU resident memory, on a GPU what torch has allocated.",
     "Each engine is a process of its own that serves the loads in order; what an earlier load "
     "left behind counts as extra in the later ones. Start-up runs a dummy batch of its own.",
-    "Logits: those of the step with most rows, in the model's dtype. Least that a step needs "
-    "which holds all of them at once.",
-    f"Prompt and output are of {LENGTH} tokens, the plugin reveals {TOKENS_PER_FORWARD} tokens "
-    "per forward; all requests start together, so that all their blocks are masked at once.",
+    "Logits: those of the step with most rows, in the model's dtype: the least that a step "
+    "needs which holds all of them at once.",
+    "All requests start together, so that all positions of their blocks are masked at once. "
+    "The vocabulary is that of the row.",
 ]
 
 
@@ -63,15 +63,19 @@ class _Measured:
 def memory(settings: Settings) -> Table:
     """AR and plugin, one engine at a time."""
     vocabularies = QUICK_VOCABULARIES if settings.quick else VOCABULARIES
+    length = QUICK_LENGTH if settings.quick else LENGTH
     measured = [
         load
         for vocabulary in vocabularies
         for block_length in track(BLOCK_LENGTHS, f"Vocabulary {vocabulary}")
-        for load in _measure(settings, replace(settings.shape, vocabulary=vocabulary), block_length)
+        for load in _measure(
+            settings, replace(settings.shape, vocabulary=vocabulary), block_length, length
+        )
     ]
     return Table(
         name="memory",
-        title=f"Memory over idle: {settings.shape}",
+        title=f"Memory over idle: {settings.shape}, prompt {length}, output {length}, "
+        f"{TOKENS_PER_FORWARD} tokens per forward",
         rows=[_row(load, measured) for load in measured],
         notes=NOTES,
         plot=Plot(
@@ -84,11 +88,12 @@ def memory(settings: Settings) -> Table:
     )
 
 
-def _measure(settings: Settings, shape: Shape, block_length: int | None) -> Iterator[_Measured]:
+def _measure(
+    settings: Settings, shape: Shape, block_length: int | None, length: int
+) -> Iterator[_Measured]:
     """Every load of one engine, in ascending order."""
     kv_bytes = QUICK_KV_BYTES if settings.quick else KV_BYTES
     concurrencies = QUICK_CONCURRENCIES if settings.quick else CONCURRENCIES
-    length = QUICK_LENGTH if settings.quick else LENGTH
     options = fixed_schedule(block_length, TOKENS_PER_FORWARD) if block_length else {}
     with settings.start(shape, block_length, kv_cache_memory_bytes=kv_bytes) as engine:
         idle = engine.call(idle_bytes)
