@@ -39,6 +39,7 @@ class Options:
             blocks start at its end; "causal": everything known is token-causal, and generated
             blocks start at the prompt's end.
         token_shift: the logits of a position predict the next one.
+        async_scheduling: a step is planned before the outcome of the last one is known.
     """
 
     block_length: int
@@ -48,6 +49,7 @@ class Options:
     mask_token_id: int
     prompt_attention: str
     token_shift: bool = False
+    async_scheduling: bool = False
 
     @property
     def blocks_follow_prompt(self) -> bool:

@@ -11,6 +11,8 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
+from vllm_edlm.options import served_options
+
 
 class VllmConfigWithoutTriton(VllmConfig):
     """`VllmConfig` whose engine runs Model Runner V2 although Triton is missing.
@@ -27,6 +29,9 @@ class VllmConfigWithoutTriton(VllmConfig):
         return True
 
     def _validate_v2_model_runner(self) -> None:
+        # The CPU platform has just switched async scheduling off, as "not required" there.
+        options = served_options(self.model_config.hf_config)
+        self.scheduler_config.async_scheduling = options.async_scheduling
         if unsupported := self._get_v2_model_runner_unsupported_features():
             raise ValueError(f"Model Runner V2 does not yet support: {', '.join(unsupported)}")
 
