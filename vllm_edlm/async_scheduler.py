@@ -47,17 +47,18 @@ class AsyncBlockDiffusionScheduler(BlockDiffusionScheduler):
         """Counted when it is known what they were."""
 
     def _take_steps(self, planned: SchedulerOutput, result: ModelRunnerOutput) -> None:
-        """Count a step's forwards; those that turned out to be commits denoised nothing.
+        """Count a step's forwards, and as open what was so when the step began: nothing, if it
+        turned out to be a commit.
 
         Requests that finished while it was under way are not counted.
         """
+        drafts = planned.scheduled_spec_decode_tokens
         self.forwards.begin_step(planned.total_num_scheduled_tokens)
         for request_id, start in _query_starts(planned).items():
             if (request := self.requests.get(request_id)) is not None:
                 end = start + planned.num_scheduled_tokens[request_id]
                 num_open = max(end - request.num_tokens, 0)
-                if num_open == 0:
-                    planned.scheduled_spec_decode_tokens.pop(request_id, None)
+                drafts[request_id] = [-1] * num_open
                 self._count_forward(request, start, end, num_open)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

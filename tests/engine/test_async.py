@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle_reveal import RULES
 from oracle_sampling import Sampling
 from test_properties import BOUNDED, assert_all_exact, visits
-from vllm import LLM, EngineArgs, SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -177,20 +177,6 @@ def test_running_requests_survive_a_reset_of_the_cache(cached: Engine) -> None:
             assert llm.reset_prefix_cache(reset_running_requests=True)
     for i, ask in enumerate(asks):
         cached.assert_answer(ask, answers[f"{i}"], cached.expected(ask))
-
-
-def test_an_engine_in_a_process_of_its_own(
-    cached: Engine, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There the step is under way in a third process while the next is planned."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    path = checkpoint(CheckpointSpec(layout="encoder", prompt_attention="block_causal", seed=0))
-    options = SMALL_ENGINE | {"enforce_eager": True, "num_gpu_blocks_override": 12}
-    llm = LLM(model=str(path), async_scheduling=True, **options)
-    try:
-        replace(cached, llm=llm).assert_exact(mixed(cached))
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 NOT_ASYNC = {
