@@ -3,7 +3,8 @@
 vLLM's diffusion models need Model Runner V2, and vLLM takes that runner to need Triton. With
 the kernels of `compat.cpu_kernels` it does not. Only the configuration of an engine that
 serves a block-diffusion model is changed, by giving that one object a subclass of its class,
-so that every other engine keeps its runner. Upstream shape: patches/0001.
+so that every other engine keeps its runner. Upstream shape: patches/0001, and patches/0008 for
+async scheduling.
 """
 
 import vllm.envs as envs
