@@ -39,14 +39,14 @@ class OpenBlock:
         start: first position of the block.
         length: its positions.
         steps_done: denoise steps it has had.
-        canvas: B token ids, the mask token where a position is masked.
+        canvas: B token ids, the mask token where a position is masked; on any device.
         logprobs: of the revealed positions, [B] rows by position, if the request wants them.
     """
 
     start: int
     length: int
     steps_done: int
-    canvas: Sequence[int] = ()
+    canvas: Sequence[int] | Tensor = ()
     logprobs: LogprobsLists | None = None
 
 
@@ -98,9 +98,7 @@ class BlockState:
         self.max_steps = np.ones(num_slots, dtype=np.int64)
         self.block_start = np.full(num_slots, NO_BLOCK, dtype=np.int64)
         self.steps_done = np.zeros(num_slots, dtype=np.int64)
-        self.canvas = np.full(
-            (num_slots, options.block_length), options.mask_token_id, dtype=np.int64
-        )
+        self.canvas = torch.full((num_slots, options.block_length), options.mask_token_id)
         self._returning: ReturningCanvases | None = None
 
     def add(
@@ -118,15 +116,15 @@ class BlockState:
             self.block_start[slot] = open_block.start
             self.block_length[slot] = open_block.length
             self.steps_done[slot] = open_block.steps_done
-            self.canvas[slot] = open_block.canvas
+            self.canvas[slot] = torch.as_tensor(open_block.canvas)
 
-    def keep_canvases(self, slots: Ints, canvas_NB: Tensor) -> None:
+    def keep_canvases(self, step: Step, canvas_NB: Tensor) -> None:
         """Fetch the canvases as a step has left them; nothing waits for them here."""
-        self._returning = ReturningCanvases.of(slots, canvas_NB)
+        self._returning = ReturningCanvases.of(step.layout.slots, canvas_NB)
 
     def _take_canvases(self) -> None:
         if self._returning is not None:
-            self.canvas[self._returning.slots] = self._returning.wait()
+            self.canvas[self._returning.slots] = torch.from_numpy(self._returning.wait())
             self._returning = None
 
     def layout(self, batch: InputBatch) -> Layout:
@@ -176,7 +174,7 @@ class BlockState:
         offset = layout.known - start
         width = np.minimum(offset + layout.num_open, layout.block_length)
         rule = self.rule[slots]
-        canvas, is_masked = self._open_canvases(slots, offset, width, is_new)
+        canvas, has_logits = self._open_canvases(slots, offset, width, is_new)
         ints = np.stack([layout.known, start, offset, width, steps_left, rule])
         known_N, start_N, offset_N, width_N, steps_left_N, rule_N = self._upload(ints)
         return Step(
@@ -190,29 +188,30 @@ class BlockState:
             rule=rule_N,
             is_new=self._upload(is_new),
             threshold=self._upload(self.threshold[slots]),
-            canvas=self._upload(canvas),
-            masked=self._upload(is_masked),
-            rows=self._logits_rows(layout, is_masked, steps_done),
-            num_rows_np=is_masked.sum(axis=1),
+            canvas=canvas,
+            masked=self._upload(has_logits) & (canvas == self.options.mask_token_id),
+            rows=self._logits_rows(layout, has_logits, steps_done),
+            num_rows_np=has_logits.sum(axis=1),
             rules_in_use=np.unique(rule).tolist(),
         )
 
     def _open_canvases(
         self, slots: Ints, offset: Ints, width: Ints, is_new: NDArray[np.bool_]
-    ) -> tuple[Ints, NDArray[np.bool_]]:
-        """Canvases [N, B] before a step, and which of their positions are masked."""
+    ) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Canvases [N, B] before a step, on the device, and which of their positions get
+        logits, on the CPU: the masked ones."""
         offset_N, width_N = torch.from_numpy(offset), torch.from_numpy(width)
         mask_token_id = self.options.mask_token_id
         canvas_NB = open_canvas(
-            torch.from_numpy(self.canvas[slots]), offset_N, torch.from_numpy(is_new), mask_token_id
+            self.canvas[slots], offset_N, torch.from_numpy(is_new), mask_token_id
         )
         masked_NB = open_entries(canvas_NB, offset_N, width_N) & (canvas_NB == mask_token_id)
-        return canvas_NB.numpy(), masked_NB.numpy()
+        return self._upload(canvas_NB.numpy()), masked_NB.numpy()
 
     def _logits_rows(
-        self, layout: Layout, is_masked: NDArray[np.bool_], steps_done: Ints
+        self, layout: Layout, has_logits: NDArray[np.bool_], steps_done: Ints
     ) -> LogitsRows:
-        request, entry = np.nonzero(is_masked)
+        request, entry = np.nonzero(has_logits)
         position = layout.block_start[request] + entry
         query_start = np.cumsum(layout.length) - layout.length
         # Under token shift the position before predicts one. It is always in the query: a

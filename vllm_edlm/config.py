@@ -28,6 +28,7 @@ from vllm_edlm.options import (
 logger = init_logger("vllm.edlm")
 
 SCHEDULER = "vllm_edlm.scheduler.BlockDiffusionScheduler"
+ASYNC_SCHEDULER = "vllm_edlm.async_scheduler.AsyncBlockDiffusionScheduler"
 # Released checkpoints carry no word on either.
 DEFAULT_RULE = "confidence"
 DEFAULT_PROMPT_ATTENTION = "bidirectional"
@@ -95,6 +96,8 @@ def resolve_options(vllm_config: VllmConfig) -> Options:
         prompt_attention=attention or DEFAULT_PROMPT_ATTENTION,
         token_shift=hf_config.token_shift,
         adaptive_canvas=_adaptive_canvas(server.get("adaptive_canvas", False)),
+        # vLLM's own default would be async wherever it can be.
+        async_scheduling=vllm_config.scheduler_config.async_scheduling is True,
     )
 
 
@@ -137,9 +140,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     vllm_config.diffusion_config = DiffusionConfig(
         canvas_length=options.block_length, max_denoising_steps=options.max_steps
     )
-    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    # The width of the next step depends on the outcome of this one.
-    vllm_config.scheduler_config.async_scheduling = False
+    vllm_config.scheduler_config.scheduler_cls = (
+        ASYNC_SCHEDULER if options.async_scheduling else SCHEDULER
+    )
+    vllm_config.scheduler_config.async_scheduling = options.async_scheduling
     vllm_config.attention_config.use_non_causal = True
     if options.blocks_follow_prompt:
         _switch_prefix_caching_off(vllm_config, options.prompt_attention)
@@ -161,8 +165,9 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "dual-batch overlap": parallel.enable_dbo,
-        "async scheduling": scheduler.async_scheduling is True,
-        "a custom scheduler class": scheduler.scheduler_cls not in (None, SCHEDULER),
+        "a custom scheduler class": (
+            scheduler.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER)
+        ),
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
         "fast prefill by KV sharing": vllm_config.cache_config.kv_sharing_fast_prefill,
         "prompt embeddings": model.enable_prompt_embeds,
@@ -173,12 +178,26 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     for feature, wanted in refused.items():
         if wanted:
             raise ValueError(f"{feature} is not supported yet for block-diffusion models")
+    _refuse_async(options)
     if options.token_shift and options.prompt_attention == "bidirectional":
         raise ValueError(
             "prompt_attention must be block_causal or causal for a model with token shift, "
             "got 'bidirectional'"
         )
     _check_token_budgets(vllm_config, options.block_length)
+
+
+def _refuse_async(options: Options) -> None:
+    """Refuse what lies differently in a step that commits a block and in one that denoises it:
+    with async scheduling it is not known beforehand which of the two a step is."""
+    refused = {
+        "a model with token shift": options.token_shift,
+        "prompt_attention 'causal'": options.has_causal_past,
+        "adaptive_canvas": options.adaptive_canvas is not None,
+    }
+    for feature, wanted in refused.items():
+        if options.async_scheduling and wanted:
+            raise ValueError(f"async scheduling is not supported yet with {feature}")
 
 
 def _check_token_budgets(vllm_config: VllmConfig, block_length: int) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vllm_edlm.async_model_state import AsyncModelState
 from vllm_edlm.compat.cpu_kernels import install as install_cpu_kernels
 from vllm_edlm.compat.vllm_api import (
     LlamaForCausalLM,
@@ -14,6 +15,7 @@ from vllm_edlm.compat.vllm_api import (
     WeightsMapper,
 )
 from vllm_edlm.model_state import BlockDiffusionModelState
+from vllm_edlm.options import served_options
 
 # Some releases name the decoder `encoder` and its head `diffusion_head`.
 RELEASED_NAMES = WeightsMapper(
@@ -38,11 +40,11 @@ class BlockDiffusionMixin(_Decoder):
         super().__init_subclass__()
         cls.hf_to_vllm_mapper = RELEASED_NAMES | cls.hf_to_vllm_mapper
 
-    @staticmethod
-    def get_model_state_cls() -> type[BlockDiffusionModelState]:
+    def get_model_state_cls(self) -> type[BlockDiffusionModelState]:
         """State class of Model Runner V2 for this model."""
         install_cpu_kernels()
-        return BlockDiffusionModelState
+        is_async = served_options(self.config).async_scheduling
+        return AsyncModelState if is_async else BlockDiffusionModelState
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [T, V] for hidden states [T, D].

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from vllm_edlm.block_state import BlockState
+from vllm_edlm.block_state import BlockState, OpenBlock
 from vllm_edlm.compat.lora import install_lora_mask, map_logits_rows
 from vllm_edlm.compat.vllm_api import (
     AttentionCGSupport,
@@ -67,7 +67,7 @@ class BlockDiffusionModelState(ModelState):
         """Take in a new or resumed request."""
         params = new_req_data.sampling_params
         assert params is not None, "pooling is refused at start-up"
-        open_block = getattr(new_req_data, "open_block", None)
+        open_block = self._open_block(new_req_data)
         self.blocks.add(
             req_index,
             new_req_data.prompt_len,
@@ -76,6 +76,10 @@ class BlockDiffusionModelState(ModelState):
         )
         if open_block is not None and open_block.logprobs is not None:
             self.logprobs.restore(req_index, open_block.logprobs)
+
+    def _open_block(self, new_req_data: NewRequestData) -> OpenBlock | None:
+        """The open block of a resumed request."""
+        return getattr(new_req_data, "open_block", None)
 
     def prepare_inputs_embeds(
         self,
@@ -97,9 +101,7 @@ class BlockDiffusionModelState(ModelState):
             self.step = self.blocks.begin_step(input_batch)
             self._write_input_ids(self.step, input_batch, req_states)
             self._write_logits_rows(self.step, input_batch)
-            self._follow_scheduler(self.step, req_states)
-            # The scheduler keeps each canvas, so that preemption loses no revealed token.
-            input_batch.has_structured_output_reqs = True
+            self._follow_scheduler(self.step, input_batch, req_states)
         return {}
 
     @staticmethod
@@ -117,12 +119,15 @@ class BlockDiffusionModelState(ModelState):
         input_batch.expanded_idx_mapping = step.rows.slot
         map_logits_rows(self.model, step.rows.source)
 
-    @staticmethod
-    def _follow_scheduler(step: Step, req_states: RequestState) -> None:
+    def _follow_scheduler(
+        self, step: Step, input_batch: InputBatch, req_states: RequestState
+    ) -> None:
         """The runner appends new tokens at its own count; the scheduler's count rules."""
         denoises = step.width > step.offset
         total = req_states.total_len.gpu
         total[step.slots] = torch.where(denoises, step.known.to(total.dtype), total[step.slots])
+        # The scheduler keeps each canvas, so that preemption loses no revealed token.
+        input_batch.has_structured_output_reqs = True
 
     def _write_input_ids(
         self, step: Step, input_batch: InputBatch, req_states: RequestState

@@ -22,9 +22,9 @@ class OpenBlocks:
         # Of the open block; a request that has none here has blocks of its full length.
         self._lengths: dict[str, int] = {}
 
-    def get(self, request: Request) -> OpenBlock | None:
-        """The block that the request's last denoise step was for."""
-        return self._begun.get(request.request_id)
+    def get(self, request_id: str) -> OpenBlock | None:
+        """The block that a request's last denoise step was for."""
+        return self._begun.get(request_id)
 
     def origin(self, request: Request) -> int:
         """Where the request's grid begins."""
@@ -78,7 +78,7 @@ class OpenBlocks:
 
     def steps(self, request: Request) -> int:
         """Denoise steps that the request's open block has had."""
-        block = self.get(request)
+        block = self.get(request.request_id)
         is_open = block is not None and request.num_tokens < block.start + block.length
         return block.steps_done if block is not None and is_open else 0
 

@@ -41,6 +41,7 @@ class Options:
         token_shift: the logits of a position predict the next one.
         adaptive_canvas: open positions that all requests together should not exceed, for which
             blocks are shortened; None to keep every block's length.
+        async_scheduling: a step is planned before the outcome of the last one is known.
     """
 
     block_length: int
@@ -51,6 +52,7 @@ class Options:
     prompt_attention: str
     token_shift: bool = False
     adaptive_canvas: int | None = None
+    async_scheduling: bool = False
 
     @property
     def blocks_follow_prompt(self) -> bool:

@@ -118,18 +118,30 @@ class BlockDiffusionSampler:
             canvas = self._denoise(canvas, logits, step)
         # vLLM hands them to the scheduler from there, the block state to the next step.
         self.req_states.draft_tokens[step.slots] = canvas
-        self.state.blocks.keep_canvases(step.layout.slots, canvas)
-        seq_lens = input_batch.seq_lens[: input_batch.num_reqs]
-        tokens, count = canvases.emitted_run(canvas, step.offset, step.width, self.mask_token_id)
+        self.state.blocks.keep_canvases(step, canvas)
+        tokens, count, not_final = self._emit(canvas, step, input_batch)
         dims = self.parameters.sampler.get_logprobs_dims(step.layout.slots)
         return SamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=self.logprobs.of_step(step, 1 + max(dims)) if dims else None,
             num_nans=None,
             num_sampled=count.to(torch.int32),
-            # A block completed just now was partly masked when its KV was written.
-            num_rejected=(seq_lens - step.block_start).to(torch.int32),
+            num_rejected=not_final.to(torch.int32),
         )
+
+    def _emit(
+        self, canvas: Tensor, step: Step, input_batch: InputBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step that left `canvas` [N, B] yields.
+
+        Returns:
+            tokens [N, B] of which the first `count` [N] of each row are emitted, and [N] the
+            positions of each query whose KV is not final.
+        """
+        tokens, count = canvases.emitted_run(canvas, step.offset, step.width, self.mask_token_id)
+        # A block completed just now was partly masked when its KV was written.
+        seq_lens = input_batch.seq_lens[: input_batch.num_reqs]
+        return tokens, count, seq_lens - step.block_start
 
     def _denoise(self, canvas: Tensor, logits: Tensor, step: Step) -> Tensor:
         """Canvas [N, B] after revealing what the rules choose."""

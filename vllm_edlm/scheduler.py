@@ -15,6 +15,7 @@ from vllm_edlm.compat.vllm_api import (
     GrammarOutput,
     LogprobsLists,
     ModelRunnerOutput,
+    NewRequestData,
     Request,
     RequestSpecDecodeMetrics,
     RequestStatus,
@@ -30,7 +31,10 @@ from vllm_edlm.options import served_options
 
 
 class BlockDiffusionScheduler(Scheduler):
-    """vLLM's scheduler with block accounting. Synchronous: a step's outcome sets the next."""
+    """vLLM's scheduler with block accounting. Synchronous: a step's outcome sets the next.
+
+    `AsyncBlockDiffusionScheduler` plans a step before it has the outcome of the last one.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +76,7 @@ class BlockDiffusionScheduler(Scheduler):
             self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
         )
         for request in self.running:
-            if self.blocks.get(request) is not None:
+            if self.blocks.get(request.request_id) is not None:
                 self.blocks.choose_length(request, self._load())
             request.spec_token_ids = [-1] * (self.blocks.end(request) - request.num_tokens)
         output = super().schedule(throttle_prefills)
@@ -80,28 +84,35 @@ class BlockDiffusionScheduler(Scheduler):
             request = self.requests[new_request.req_id]
             if (num_open := request.num_computed_tokens - request.num_tokens) > 0:
                 output.scheduled_spec_decode_tokens[request.request_id] = [-1] * num_open
-            # Read by the model state: a preempted request takes up its block where it was.
-            new_request.open_block = self.blocks.get(request)  # type: ignore[attr-defined]
+            self._tell_of_preemption(new_request)
         self._count_forwards(output)
         return output
+
+    def _tell_of_preemption(self, new_request: NewRequestData) -> None:
+        """Read by the model state: a preempted request takes up its block where it was."""
+        new_request.open_block = self.blocks.get(new_request.req_id)  # type: ignore[attr-defined]
 
     def _load(self) -> int:
         return min(len(self.running) + len(self.waiting), self.max_num_running_reqs)
 
     def _count_forwards(self, output: SchedulerOutput) -> None:
+        """Count what a step that has been planned is spent on."""
         self.forwards.begin_step(output.total_num_scheduled_tokens)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             end = request.num_computed_tokens
             num_open = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-            self.forwards.add(
-                request_id,
-                end - num_tokens,
-                end,
-                num_open,
-                first_block=self.blocks.last_border(request, request.num_prompt_tokens),
-                open_block=self.blocks.last_border(request, end - num_open),
-            )
+            self._count_forward(request, end - num_tokens, end, num_open)
+
+    def _count_forward(self, request: Request, start: int, end: int, num_open: int) -> None:
+        self.forwards.add(
+            request.request_id,
+            start,
+            end,
+            num_open,
+            first_block=self.blocks.last_border(request, request.num_prompt_tokens),
+            open_block=self.blocks.last_border(request, end - num_open),
+        )
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -151,22 +162,37 @@ class BlockDiffusionScheduler(Scheduler):
         A block that this step completed was still partly masked while its KV was written: it
         stays uncomputed, and the next step commits it.
         """
-        final = {}
-        for request_id in scheduler_output.num_scheduled_tokens:
-            if (request := self.requests.get(request_id)) is not None:
-                ran_known = min(request.num_computed_tokens, request.num_tokens)
-                final[request_id] = self.blocks.last_border(request, ran_known)
-        for request_id in scheduler_output.scheduled_spec_decode_tokens:
-            if (request := self.requests.get(request_id)) is not None:
-                index = model_runner_output.req_id_to_index[request_id]
-                self._count_step(request, index, model_runner_output.logprobs)
-                self.grammars.trim(request, model_runner_output.sampled_token_ids[index])
+        computed = {
+            request_id: self._computed_after(request, num_tokens)
+            for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if (request := self.requests.get(request_id)) is not None
+        }
+        self._take_steps(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for request_id, length in final.items():
+        for request_id, length in computed.items():
             request = self.requests.get(request_id)
             if request is not None and request.status == RequestStatus.RUNNING:
                 request.num_computed_tokens = length
         return outputs
+
+    def _computed_after(self, request: Request, num_tokens: int) -> int:
+        """What is to be counted as computed after a step of `num_tokens` positions, whose
+        tokens the request does not have yet."""
+        return self._final_length(request)
+
+    def _final_length(self, request: Request) -> int:
+        """Positions with final KV after the request's last planned step, which began with the
+        tokens that the request has now."""
+        ran_known = min(request.num_computed_tokens, request.num_tokens)
+        return self.blocks.last_border(request, ran_known)
+
+    def _take_steps(self, planned: SchedulerOutput, result: ModelRunnerOutput) -> None:
+        """Take in the denoise steps, before their tokens are appended."""
+        for request_id in planned.scheduled_spec_decode_tokens:
+            if (request := self.requests.get(request_id)) is not None:
+                index = result.req_id_to_index[request_id]
+                self._count_step(request, index, result.logprobs)
+                self.grammars.trim(request, result.sampled_token_ids[index])
 
     def _count_step(self, request: Request, index: int, logprobs: LogprobsLists | None) -> None:
         """Count a denoise step of the request's open block, and keep what it revealed."""

@@ -44,6 +44,9 @@ class Layout:
 class LogitsRows:
     """The rows of logits of a step, one for each masked position; tensors [T].
 
+    With async scheduling some of the positions may not be masked any more; their rows are not
+    looked at.
+
     Attributes:
         source: token of the step whose hidden state predicts the position.
         cell: flat index into the batch's canvases [N, B].

@@ -115,7 +115,6 @@ def test_bad_diffusion_config(
     ("options", "named"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"async_scheduling": True}, "async"),
         ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
     ],

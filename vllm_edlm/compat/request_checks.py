@@ -18,10 +18,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_edlm.compat.replacement import replace_method
 from vllm_edlm.family import architecture_of
-from vllm_edlm.options import request_options, served_options, shown
+from vllm_edlm.options import Options, request_options, served_options, shown
 
 # Kept on the device for every position of every request's open block.
 MAX_LOGPROBS = 1024
+# What a request may only ask for where a step is planned after the last one's outcome.
+NOT_ASYNC = ("logprobs", "logprob_token_ids", "structured_outputs")
 # What goes to the engine is written with integers of 64 bits.
 MAX_INT = 2**63 - 1
 
@@ -44,10 +46,12 @@ def _validate_diffusion(
     """Check a request's parameters; `VLLMValidationError` becomes a 400 that names them."""
     if not _is_ours(model_config):
         return original(params, model_config)
-    for name, used in unsupported_parameters(params).items():
+    options = served_options(model_config.hf_config)
+    for name, used in unsupported_parameters(params, options).items():
         if used:
+            mode = " with async scheduling" if name in NOT_ASYNC else ""
             raise VLLMValidationError(
-                f"{name} is not supported for block-diffusion models, got "
+                f"{name} is not supported for block-diffusion models{mode}, got "
                 f"{shown(getattr(params, name))}",
                 parameter=name,
             )
@@ -59,18 +63,19 @@ def _validate_diffusion(
             )
     constrained = params.structured_outputs is not None
     try:
-        request_options(params.extra_args, served_options(model_config.hf_config), constrained)
+        request_options(params.extra_args, options, constrained)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="extra_args") from error
 
 
-def unsupported_parameters(params: SamplingParams) -> dict[str, bool]:
-    """Which parameters a request uses that have no meaning for a canvas, by name."""
+def unsupported_parameters(params: SamplingParams, options: Options) -> dict[str, bool]:
+    """Which parameters a request uses that have no meaning for a canvas, or none for one that
+    is ahead of the scheduler, by name."""
     return {
         "prompt_logprobs": params.prompt_logprobs is not None,
         "prompt_logprob_token_ids": params.prompt_logprob_token_ids is not None,
         "thinking_token_budget": params.thinking_token_budget is not None,
-    }
+    } | {name: options.async_scheduling and getattr(params, name) is not None for name in NOT_ASYNC}
 
 
 def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[int, int]]:

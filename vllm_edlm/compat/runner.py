@@ -3,13 +3,16 @@
 vLLM's diffusion models need Model Runner V2, and vLLM takes that runner to need Triton. With
 the kernels of `compat.cpu_kernels` it does not. Only the configuration of an engine that
 serves a block-diffusion model is changed, by giving that one object a subclass of its class,
-so that every other engine keeps its runner. Upstream shape: patches/0001.
+so that every other engine keeps its runner. Upstream shape: patches/0001, and patches/0008 for
+async scheduling.
 """
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
+
+from vllm_edlm.options import served_options
 
 
 class VllmConfigWithoutTriton(VllmConfig):
@@ -27,6 +30,9 @@ class VllmConfigWithoutTriton(VllmConfig):
         return True
 
     def _validate_v2_model_runner(self) -> None:
+        # The CPU platform has just switched async scheduling off, as "not required" there.
+        options = served_options(self.model_config.hf_config)
+        self.scheduler_config.async_scheduling = options.async_scheduling
         if unsupported := self._get_v2_model_runner_unsupported_features():
             raise ValueError(f"Model Runner V2 does not yet support: {', '.join(unsupported)}")
 
