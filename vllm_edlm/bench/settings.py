@@ -61,7 +61,11 @@ class Settings:
 
     def serve(self, model: Path, **engine_args: Any) -> Engine:
         """Start vLLM with a checkpoint, without prefix caching."""
-        usual = {"max_num_seqs": MAX_REQUESTS, "enable_prefix_caching": False}
+        usual = {
+            "max_num_seqs": MAX_REQUESTS,
+            "enable_prefix_caching": False,
+            "enforce_eager": self.quick,
+        }
         return Engine(self.environment, vllm_server, model, **(usual | engine_args))
 
     def reference(self, shape: Shape) -> Engine:
