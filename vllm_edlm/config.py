@@ -189,7 +189,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
 
 def _refuse_async(options: Options) -> None:
     """Refuse what lies differently in a step that commits a block and in one that denoises it:
-    with async scheduling it is not known beforehand which of the two a step is."""
+    with async scheduling it is not known beforehand which of the two a step is. Nor is the
+    count of steps known by which a block's length may still be chosen."""
     refused = {
         "a model with token shift": options.token_shift,
         "prompt_attention 'causal'": options.has_causal_past,

@@ -207,3 +207,14 @@ def test_models_whose_commits_lie_differently_are_refused(
     args = EngineArgs(model=str(checkpoint(spec)), async_scheduling=True, **options)
     with pytest.raises(ValueError, match=f"async scheduling.*{named}"):
         args.create_engine_config()
+
+
+def test_a_block_length_that_follows_the_load_is_refused(checkpoint: CheckpointFactory) -> None:
+    options: dict[str, Any] = SMALL_ENGINE | {"async_scheduling": True}
+    args = EngineArgs(
+        model=str(checkpoint(CheckpointSpec())),
+        additional_config={"edlm": {"adaptive_canvas": True}},
+        **options,
+    )
+    with pytest.raises(ValueError, match=r"async scheduling.*adaptive_canvas"):
+        args.create_engine_config()
