@@ -46,14 +46,21 @@ class BlockDiffusionMixin(_Decoder):
         is_async = served_options(self.config).async_scheduling
         return AsyncModelState if is_async else BlockDiffusionModelState
 
+    # Set for a step whose sampler computes the logits itself.
+    defers_logits = False
+
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [T, V] for hidden states [T, D].
+        """Logits [T, V] for hidden states [T, D], or these themselves for the sampler.
 
         A step that only prefills has no row; the collective that gathers the vocabulary over
         tensor-parallel ranks does not take an empty tensor on every backend.
         """
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty(0, self.config.vocab_size)
+        return hidden_states if self.defers_logits else self.head(hidden_states)
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits [T, V] for hidden states [T, D], T > 0."""
         return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -49,10 +49,13 @@ class BlockDiffusionModelState(ModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        # A decoder of vLLM's with `BlockDiffusionMixin`, for which there is no common type.
+        self.model: Any = model
         self.options = served_options(vllm_config.model_config.hf_config)
         self.blocks = BlockState(self.max_num_reqs, self.options, self.max_model_len, device)
         self.logprobs = CanvasLogprobs(self.max_num_reqs, self.options.block_length, device)
         self.step: Step | None = None
+        self.is_constrained = np.zeros(self.max_num_reqs, dtype=bool)
         install_lora_mask(model)
 
     def get_supported_generation_tasks(self) -> tuple[Any, ...]:
@@ -68,6 +71,7 @@ class BlockDiffusionModelState(ModelState):
         params = new_req_data.sampling_params
         assert params is not None, "pooling is refused at start-up"
         open_block = self._open_block(new_req_data)
+        self.is_constrained[req_index] = params.structured_outputs is not None
         self.blocks.add(
             req_index,
             new_req_data.prompt_len,
@@ -97,12 +101,20 @@ class BlockDiffusionModelState(ModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Write the step's token ids: known tokens, then the open block's canvas."""
         self.step = None
+        self.model.defers_logits = False
         if not self._is_dummy(input_batch, req_states):
             self.step = self.blocks.begin_step(input_batch)
             self._write_input_ids(self.step, input_batch, req_states)
             self._write_logits_rows(self.step, input_batch)
+            self.model.defers_logits = self._may_defer_logits(self.step)
             self._follow_scheduler(self.step, input_batch, req_states)
         return {}
+
+    def _may_defer_logits(self, step: Step) -> bool:
+        """Whether logits are seen by the sampler alone, which then holds a tile of them only;
+        vLLM writes grammars into the whole, and maps whole steps to LoRA adapters."""
+        is_constrained = self.is_constrained[step.layout.slots].any()
+        return not is_constrained and self.vllm_config.lora_config is None
 
     @staticmethod
     def _is_dummy(input_batch: InputBatch, req_states: RequestState) -> bool:

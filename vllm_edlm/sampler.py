@@ -20,7 +20,7 @@ from vllm_edlm.step import LogitsRows, Step
 if TYPE_CHECKING:
     from vllm_edlm.model_state import BlockDiffusionModelState
 
-# Rows of logits are turned into fp32 in tiles of at most this many bytes.
+# Rows of logits are computed, and turned into fp32, in tiles of at most this many bytes in fp32.
 TILE_BYTES = 64 * 2**20
 
 
@@ -104,7 +104,8 @@ class BlockDiffusionSampler:
         """Denoise once.
 
         Args:
-            logits: [T, V], a row per masked position, requests in batch order.
+            logits: [T, V], a row per masked position, requests in batch order; or the hidden
+                states [T, D] that these are computed from, where the model defers them.
 
         Returns:
             `num_sampled` [N] tokens emitted and `num_rejected` [N] positions of the query
@@ -172,7 +173,8 @@ class BlockDiffusionSampler:
     def _choose(self, canvas: Tensor, logits: Tensor, step: Step) -> Choice:
         """Choose a token for every masked position."""
         if self.parameters.are_plain(step.layout.slots) and not self._measures(step):
-            parts = [RowChoice(*row_statistics(logits, self.mask_token_id))]
+            tiles = self._tiles(logits, step.rows)
+            parts = [RowChoice(*row_statistics(tile, self.mask_token_id)) for tile, _ in tiles]
         else:
             parts = self._choose_in_tiles(canvas, logits, step)
         return Choice.joined(parts, step.rows.cell, canvas)
@@ -200,11 +202,13 @@ class BlockDiffusionSampler:
         return parts
 
     def _tiles(self, logits: Tensor, rows: LogitsRows) -> Iterator[tuple[Tensor, LogitsRows]]:
-        num_rows, vocab_size = logits.shape
-        rows_per_tile = max(1, TILE_BYTES // (4 * vocab_size))
-        for start in range(0, num_rows, rows_per_tile):
-            tile = slice(start, start + rows_per_tile)
-            yield logits[tile], rows.tile(tile)
+        """Logits [R, V] tile by tile, those of a tile computed when it comes if deferred."""
+        model = self.state.model
+        rows_per_tile = max(1, TILE_BYTES // (4 * self.req_states.vocab_size))
+        for start in range(0, logits.shape[0], rows_per_tile):
+            rows_R = slice(start, start + rows_per_tile)
+            tile = logits[rows_R]
+            yield model.head(tile) if model.defers_logits else tile, rows.tile(rows_R)
 
     def _choose_in_tile(self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step) -> RowChoice:
         token, drawn = self.parameters.draw(tile, rows, step.layout.slots)

@@ -87,6 +87,9 @@ def _places(engine: LLMEngine) -> Iterator[Place]:
     yield Place(worker, "sample_tokens", Part.runner)
     yield Place(runner.model, "forward", Part.forward)
     yield Place(runner.model, "compute_logits", Part.logits)
+    if hasattr(runner.model, "head"):
+        # The plugin's sampler may ask for logits itself.
+        yield Place(runner.model, "head", Part.logits)
     # The first version of the runner calls it otherwise.
     sample = "sample" if hasattr(runner, "sample") else "_sample"
     if isinstance(runner.sampler, BlockDiffusionSampler):
