@@ -12,6 +12,8 @@ one may begin. It is chosen when the block opens and stays until it is complete.
 Legend for shapes: N requests.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,14 +29,23 @@ DEFAULT_BUDGET = {"cpu": 32, "other": 256}
 def ladder(full_length: int) -> list[int]:
     """Block lengths that a request may have, the longest first."""
     lengths = [full_length]
-    while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= SHORTEST:
+    while _has_half(lengths[-1]):
         lengths.append(lengths[-1] // 2)
     return lengths
 
 
-def affordable_length(full_length: int, num_requests: int, budget: int) -> int:
-    """The longest length at which `num_requests` blocks stay within `budget` positions."""
-    lengths = ladder(full_length)
+def _has_half(length: Any) -> Any:
+    """Whether a ladder goes on below a length, a number or [N]."""
+    return (length % 2 == 0) & (length // 2 >= SHORTEST)
+
+
+def affordable_length(full_length: int, max_steps: int, num_requests: int, budget: int) -> int:
+    """The longest length at which `num_requests` blocks stay within `budget` positions.
+
+    No length is shorter than what one step reveals at least, `full_length / max_steps`: the
+    block would take its one step all the same, and yield less.
+    """
+    lengths = [b for b in ladder(full_length) if b * max_steps >= full_length]
     return next((b for b in lengths if b * num_requests <= budget), lengths[-1])
 
 
@@ -67,9 +78,9 @@ def length_ending_at(
     """
     length = full_length
     while True:
-        start, half = known // length * length, length // 2
+        start = known // length * length
         fits = (np.minimum(start + length, limit) == end) & (is_first | (start == known))
-        shorter = ~fits & (length % 2 == 0) & (half >= SHORTEST)
+        shorter = ~fits & _has_half(length)
         if not shorter.any():
             return length
-        length = np.where(shorter, half, length)
+        length = np.where(shorter, length // 2, length)

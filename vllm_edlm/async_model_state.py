@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from vllm.config import VllmConfig
+from torch import Tensor
 
 from vllm_edlm.block_state import NO_BLOCK, BlockState, OpenBlock
 from vllm_edlm.canvas import emitted_run
 from vllm_edlm.compat.vllm_api import (
-    EncoderCache,
     InputBatch,
     NewRequestData,
     RequestState,
@@ -82,17 +80,11 @@ class AsyncSampler(BlockDiffusionSampler):
 class AsyncModelState(BlockDiffusionModelState):
     """State of a block-diffusion model in the runner, one step ahead of the scheduler."""
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        model: nn.Module,
-        encoder_cache: EncoderCache | None,
-        device: torch.device,
-    ) -> None:
-        super().__init__(vllm_config, model, encoder_cache, device)
-        self.blocks: AsyncBlockState = AsyncBlockState(
-            self.max_num_reqs, self.options, self.max_model_len, device
-        )
+    block_state_type = AsyncBlockState
+    blocks: AsyncBlockState
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.slot_of: dict[str, int] = {}
         # Of requests that have left the runner: preempted ones come back.
         self.left: dict[str, OpenBlock] = {}

@@ -40,6 +40,7 @@ class BlockDiffusionModelState(ModelState):
 
     # Every token a step yields comes from the canvas, that is from vLLM's draft tokens.
     num_new_sampled_tokens_per_step = 0
+    block_state_type: type[BlockState] = BlockState
 
     def __init__(
         self,
@@ -52,7 +53,9 @@ class BlockDiffusionModelState(ModelState):
         # A decoder of vLLM's with `BlockDiffusionMixin`, for which there is no common type.
         self.model: Any = model
         self.options = served_options(vllm_config.model_config.hf_config)
-        self.blocks = BlockState(self.max_num_reqs, self.options, self.max_model_len, device)
+        self.blocks = self.block_state_type(
+            self.max_num_reqs, self.options, self.max_model_len, device
+        )
         self.logprobs = CanvasLogprobs(self.max_num_reqs, self.options.block_length, device)
         self.step: Step | None = None
         self.is_constrained = np.zeros(self.max_num_reqs, dtype=bool)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from vllm_edlm.adaptive import affordable_length, next_length
 from vllm_edlm.block_state import OpenBlock
 from vllm_edlm.compat.vllm_api import LogprobsLists, Request
-from vllm_edlm.options import Options, block_length_of
+from vllm_edlm.options import Options, block_length_of, max_steps_of
 
 
 class OpenBlocks:
@@ -68,9 +68,11 @@ class OpenBlocks:
         if budget is None or self.steps(request) > 0:
             return
         full_length, origin = self.full_length(request), self.origin(request)
+        assert request.sampling_params is not None
+        max_steps = max_steps_of(request.sampling_params.extra_args, self.options)
         self._lengths[request.request_id] = next_length(
             full_length,
-            affordable_length(full_length, load, budget),
+            affordable_length(full_length, max_steps, load, budget),
             request.num_tokens - origin,
             self.max_model_len - origin,
             is_first=request.request_id not in self._begun,

@@ -200,6 +200,9 @@ def _request_rule(
 
 def block_length_of(extra_args: Mapping[str, Any] | None, options: Options) -> int:
     """Block length of a request that has been admitted."""
-    if not extra_args:
-        return options.block_length
-    return int(extra_args.get("diffusion_canvas_length", options.block_length))
+    return int((extra_args or {}).get("diffusion_canvas_length", options.block_length))
+
+
+def max_steps_of(extra_args: Mapping[str, Any] | None, options: Options) -> int:
+    """Denoise steps per block, at most, of a request that has been admitted."""
+    return int((extra_args or {}).get("diffusion_max_steps", options.max_steps))

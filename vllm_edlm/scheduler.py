@@ -75,9 +75,10 @@ class BlockDiffusionScheduler(Scheduler):
         self.tokens_left = min(
             self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens
         )
+        load = self._load()
         for request in self.running:
             if self.blocks.get(request.request_id) is not None:
-                self.blocks.choose_length(request, self._load())
+                self.blocks.choose_length(request, load)
             request.spec_token_ids = [-1] * (self.blocks.end(request) - request.num_tokens)
         output = super().schedule(throttle_prefills)
         for new_request in output.scheduled_new_reqs:

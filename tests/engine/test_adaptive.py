@@ -111,16 +111,18 @@ def test_together_blocks_are_shorter(
     assert all(adaptive.lengths(ask)[0] == length for ask in asks)
 
 
-@pytest.mark.parametrize("max_steps", [1, 4, 16])
-def test_tokens_per_step_stay_as_asked(adaptive: AdaptiveEngine, max_steps: int) -> None:
+@pytest.mark.parametrize(("max_steps", "length"), [(1, 16), (2, 8), (4, 4), (16, 4)])
+def test_tokens_per_step_stay_as_asked(
+    adaptive: AdaptiveEngine, max_steps: int, length: int
+) -> None:
     asks = [
         Ask(prompt(32, seed=820 + i), max_tokens=48, threshold=1.0, max_steps=max_steps)
         for i in range(8)
     ]
     adaptive.assert_exact([Visit(ask) for ask in asks])
-    assert adaptive.lengths(asks[0]) == [4] * 12
+    assert adaptive.lengths(asks[0]) == [length] * (48 // length)
     denoises = [step for step in adaptive.engine.forwards if step.num_drafts]
-    assert len(denoises) == 12 * max(1, max_steps // 4)
+    assert len(denoises) == 48 // 16 * max_steps
 
 
 @pytest.mark.parametrize("seed", range(3))

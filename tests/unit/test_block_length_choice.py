@@ -31,15 +31,22 @@ def test_ladder(full_length: int, lengths: list[int]) -> None:
     ("num_requests", "length"), [(1, 32), (2, 16), (3, 8), (4, 8), (5, 4), (8, 4), (100, 4)]
 )
 def test_affordable_length(num_requests: int, length: int) -> None:
-    assert affordable_length(32, num_requests, budget=32) == length
+    assert affordable_length(32, 32, num_requests, budget=32) == length
 
 
-@given(full_length=full_lengths, num_requests=loads, budget=budgets)
+@pytest.mark.parametrize(("max_steps", "length"), [(1, 32), (2, 16), (3, 16), (4, 8), (8, 4)])
+def test_a_block_of_one_step_is_not_shortened(max_steps: int, length: int) -> None:
+    assert affordable_length(32, max_steps, num_requests=100, budget=32) == length
+
+
+@given(full_length=full_lengths, num_requests=loads, budget=budgets, data=st.data())
 def test_the_budget_is_kept_where_the_ladder_allows(
-    full_length: int, num_requests: int, budget: int
+    full_length: int, num_requests: int, budget: int, data: st.DataObject
 ) -> None:
-    length = affordable_length(full_length, num_requests, budget)
-    assert num_requests * length <= budget or length == ladder(full_length)[-1]
+    max_steps = data.draw(st.integers(1, full_length))
+    length = affordable_length(full_length, max_steps, num_requests, budget)
+    shorter = [b for b in ladder(full_length) if b < length]
+    assert num_requests * length <= budget or all(b * max_steps < full_length for b in shorter)
     longer = [b for b in ladder(full_length) if b > length]
     assert all(num_requests * b > budget for b in longer)
 

@@ -9,9 +9,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from vllm_edlm.bench.environment import Environment
-from vllm_edlm.bench.load import Forward, Load, Round, Trace
-
-__all__ = ["Engine", "EngineError", "Forward", "Load", "Round", "Server", "Trace", "run_apart"]
+from vllm_edlm.bench.load import Load, Round
 
 P = ParamSpec("P")
 T = TypeVar("T")

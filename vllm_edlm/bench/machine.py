@@ -145,13 +145,14 @@ def _best_seconds(run: Callable[[], object]) -> float:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     run()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what a GPU has to do, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import torch
 from vllm import LLMEngine
 
 from vllm_edlm.bench.load import Load, Round
+from vllm_edlm.bench.machine import synchronize
 from vllm_edlm.bench.stopwatch import Place, Stopwatch
 from vllm_edlm.bench.vllm_server import VllmServer
 from vllm_edlm.sampler import BlockDiffusionSampler
@@ -59,14 +59,10 @@ class Profile:
 
 def profile(server: VllmServer, load: Load) -> Profile:
     """Serve the load once and say where the time went."""
-    stopwatch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else _nothing)
+    stopwatch = Stopwatch(synchronize)
     with stopwatch.watching(_places(server.engine)):
         round_ = server.measure(load)
     return Profile(round_, {part: stopwatch.seconds[part] for part in Part})
-
-
-def _nothing() -> None:
-    """A CPU needs no waiting for."""
 
 
 def _places(engine: LLMEngine) -> Iterator[Place]:

@@ -4,8 +4,8 @@ from vllm_edlm.bench.figures import NOTES, by_cell, row
 from vllm_edlm.bench.load import Load
 from vllm_edlm.bench.report import Plot, Table
 from vllm_edlm.bench.rounds import AR, PLUGIN, Cell, alternate, running, start_up
-from vllm_edlm.bench.settings import BLOCK_LENGTH, Settings
-from vllm_edlm.bench.tables.throughput import fixed_schedule
+from vllm_edlm.bench.settings import Settings
+from vllm_edlm.bench.tables.throughput import ar_and_plugin, fixed_schedule
 
 CONTEXTS = (64, 512, 2048, 4096)
 QUICK_CONTEXTS = (64, 128)
@@ -18,11 +18,7 @@ def context(settings: Settings) -> Table:
     """AR and plugin, concurrency 1, the prompt as long as the context."""
     shape = settings.shape
     contexts = QUICK_CONTEXTS if settings.quick else CONTEXTS
-    starts = {
-        AR: lambda: settings.start(shape, None),
-        PLUGIN: lambda: settings.start(shape, BLOCK_LENGTH),
-    }
-    with running(starts) as engines:
+    with running(ar_and_plugin(settings, shape)) as engines:
         samples = alternate(engines, [_group(length) for length in contexts], settings.rounds)
         notes = [*NOTES, start_up(engines)]
     return Table(

@@ -7,9 +7,9 @@ from vllm_edlm.bench.load import Load, Round
 from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.report import Plot, Row, Table
 from vllm_edlm.bench.rounds import AR, PLUGIN, Cell, Sample, alternate, running, start_up
-from vllm_edlm.bench.settings import BLOCK_LENGTH, Settings
+from vllm_edlm.bench.settings import Settings
 from vllm_edlm.bench.shapes import Shape
-from vllm_edlm.bench.tables.throughput import fixed_schedule
+from vllm_edlm.bench.tables.throughput import ar_and_plugin, fixed_schedule
 
 PROMPTS = (256, 1024, 4096)
 QUICK_PROMPTS = (64, 128)
@@ -28,11 +28,7 @@ def prefill(settings: Settings) -> Table:
     """AR and plugin, one output token."""
     shape = settings.shape
     prompts = QUICK_PROMPTS if settings.quick else PROMPTS
-    starts = {
-        AR: lambda: settings.start(shape, None),
-        PLUGIN: lambda: settings.start(shape, BLOCK_LENGTH),
-    }
-    with running(starts) as engines:
+    with running(ar_and_plugin(settings, shape)) as engines:
         samples = alternate(engines, [_group(length) for length in prompts], settings.rounds)
         notes = [*NOTES, start_up(engines)]
     return Table(

@@ -11,9 +11,9 @@ from vllm_edlm.bench.figures import roofline_fraction
 from vllm_edlm.bench.load import Load
 from vllm_edlm.bench.report import Plot, Row, Table
 from vllm_edlm.bench.rounds import AR, PLUGIN, Cell, Sample, running
-from vllm_edlm.bench.settings import BLOCK_LENGTH, Settings
+from vllm_edlm.bench.settings import Settings
 from vllm_edlm.bench.step_profile import USEFUL, Part, Profile, profile
-from vllm_edlm.bench.tables.throughput import fixed_schedule
+from vllm_edlm.bench.tables.throughput import ar_and_plugin, fixed_schedule
 
 CONCURRENCIES = (1, 8, 16)
 QUICK_CONCURRENCIES = (1, 2)
@@ -42,14 +42,10 @@ NOTES = [
 
 def step_time(settings: Settings) -> Table:
     """AR and plugin under a stopwatch."""
-    starts = {
-        AR: lambda: settings.start(settings.shape, None),
-        PLUGIN: lambda: settings.start(settings.shape, BLOCK_LENGTH),
-    }
     length = QUICK_LENGTH if settings.quick else LENGTH
     concurrencies = QUICK_CONCURRENCIES if settings.quick else CONCURRENCIES
     groups = [(_cell(AR, n, length), _cell(PLUGIN, n, length)) for n in concurrencies]
-    with running(starts) as engines:
+    with running(ar_and_plugin(settings, settings.shape)) as engines:
         profiles = _measure(engines, groups, settings.rounds)
     return Table(
         name="step_time",

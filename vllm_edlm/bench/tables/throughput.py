@@ -61,7 +61,7 @@ def throughput(settings: Settings) -> Table:
     """AR, plugin, its adaptive canvas and the reference loop."""
     shape = settings.shape
     pairs = MAIN_PAIRS if settings.quick else ALL_PAIRS
-    starts = _starts(settings, shape) | {
+    starts = ar_and_plugin(settings, shape) | {
         ADAPTIVE: lambda: settings.start(
             shape, BLOCK_LENGTH, additional_config={"edlm": {"adaptive_canvas": True}}
         ),
@@ -75,11 +75,12 @@ def throughput_large_vocabulary(settings: Settings) -> Table:
     vocabulary = QUICK_LARGE_VOCABULARY if settings.quick else LARGE_VOCABULARY
     shape = replace(settings.shape, vocabulary=vocabulary)
     pairs = MAIN_PAIRS if settings.quick else LARGE_VOCABULARY_PAIRS
-    starts = _starts(settings, shape)
+    starts = ar_and_plugin(settings, shape)
     return _table("throughput_large_vocabulary", settings, shape, starts, pairs)
 
 
-def _starts(settings: Settings, shape: Shape) -> dict[str, Callable[[], Engine]]:
+def ar_and_plugin(settings: Settings, shape: Shape) -> dict[str, Callable[[], Engine]]:
+    """How the two engines that most tables compare start, by name."""
     return {
         AR: lambda: settings.start(shape, None),
         PLUGIN: lambda: settings.start(shape, BLOCK_LENGTH),
