@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
+from vllm_edlm.attention_rows import RowBuffers
 from vllm_edlm.block_state import BlockState, OpenBlock
 from vllm_edlm.compat.lora import install_lora_mask, map_logits_rows
 from vllm_edlm.compat.vllm_api import (
@@ -56,6 +57,9 @@ class BlockDiffusionModelState(ModelState):
         self.blocks = self.block_state_type(
             self.max_num_reqs, self.options, self.max_model_len, device
         )
+        # A complete block and an open one, of every request.
+        rows_per_request = self.options.block_length + 1 if self.options.has_causal_past else 2
+        self.row_buffers = RowBuffers(self.max_num_reqs * rows_per_request, device)
         self.logprobs = CanvasLogprobs(self.max_num_reqs, self.options.block_length, device)
         self.step: Step | None = None
         self.is_constrained = np.zeros(self.max_num_reqs, dtype=bool)
@@ -195,20 +199,20 @@ class BlockDiffusionModelState(ModelState):
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> dict[str, Any]:
-        request = async_tensor_h2d(rows.request, device=self.device)
+        on_device = self.row_buffers.write(rows, block_tables)
         query_start = rows.query_start.astype(np.int32)
         kv_length = rows.kv_length.astype(np.int32)
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=len(rows.request),
             num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=async_tensor_h2d(query_start, device=self.device),
+            query_start_loc_gpu=on_device.query_start,
             query_start_loc_cpu=torch.from_numpy(query_start),
             max_query_len=int(np.diff(query_start).max()),
-            seq_lens=async_tensor_h2d(kv_length, device=self.device),
+            seq_lens=on_device.kv_length,
             seq_lens_cpu_upper_bound=torch.from_numpy(kv_length),
             max_seq_len=int(kv_length.max()),
-            block_tables=[table[request] for table in block_tables],
+            block_tables=on_device.block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
             positions=input_batch.positions,
