@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm import SamplingParams
 
 from vllm_edlm import canvas as canvases
@@ -16,12 +17,10 @@ from vllm_edlm.logprobs import CanvasLogprobs
 from vllm_edlm.reveal import RULES, Measures, rank_positions, reveal, reveal_one
 from vllm_edlm.sampling import SamplingParameters
 from vllm_edlm.step import LogitsRows, Step
+from vllm_edlm.tiles import padded_height, tiles
 
 if TYPE_CHECKING:
     from vllm_edlm.model_state import BlockDiffusionModelState
-
-# Rows of logits are computed, and turned into fp32, in tiles of at most this many bytes in fp32.
-TILE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,10 @@ class BlockDiffusionSampler:
     def _choose(self, canvas: Tensor, logits: Tensor, step: Step) -> Choice:
         """Choose a token for every masked position."""
         if self.parameters.are_plain(step.layout.slots) and not self._measures(step):
-            tiles = self._tiles(logits, step.rows)
-            parts = [RowChoice(*row_statistics(tile, self.mask_token_id)) for tile, _ in tiles]
+            parts = [
+                RowChoice(*row_statistics(tile, self.mask_token_id))
+                for tile, _ in self._tiles(logits, step.rows)
+            ]
         else:
             parts = self._choose_in_tiles(canvas, logits, step)
         return Choice.joined(parts, step.rows.cell, canvas)
@@ -203,12 +204,15 @@ class BlockDiffusionSampler:
 
     def _tiles(self, logits: Tensor, rows: LogitsRows) -> Iterator[tuple[Tensor, LogitsRows]]:
         """Logits [R, V] tile by tile, those of a tile computed when it comes if deferred."""
-        model = self.state.model
-        rows_per_tile = max(1, TILE_BYTES // (4 * self.req_states.vocab_size))
-        for start in range(0, logits.shape[0], rows_per_tile):
-            rows_R = slice(start, start + rows_per_tile)
+        for rows_R in tiles(logits.shape[0], self.req_states.vocab_size):
             tile = logits[rows_R]
-            yield model.head(tile) if model.defers_logits else tile, rows.tile(rows_R)
+            yield self._head(tile) if self.state.model.defers_logits else tile, rows.tile(rows_R)
+
+    def _head(self, hidden_RD: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states, computed at one of few heights."""
+        num_rows = len(hidden_RD)
+        missing = padded_height(num_rows) - num_rows
+        return self.state.model.head(pad(hidden_RD, (0, 0, 0, missing)))[:num_rows]
 
     def _choose_in_tile(self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step) -> RowChoice:
         token, drawn = self.parameters.draw(tile, rows, step.layout.slots)

@@ -23,7 +23,7 @@ def rows_of_heads(compiled: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int
         return head(hidden_TD)
 
     monkeypatch.setattr(model, "head", recorded)
-    monkeypatch.setattr("vllm_edlm.sampler.TILE_BYTES", ROWS * 4 * VOCABULARY_SIZE)
+    monkeypatch.setattr("vllm_edlm.tiles.TILE_BYTES", ROWS * 4 * VOCABULARY_SIZE)
     return rows
 
 

@@ -1,0 +1,26 @@
+"""Tiles of logits: of bounded size, and of few sizes.
+
+Every step has another number of masked positions. Were each tile as high as its rows, every
+height would have its own memory: what was freed for one does not fit the next, and an allocator
+keeps it all.
+"""
+
+from collections.abc import Iterator
+
+# Of a tile in fp32.
+TILE_BYTES = 32 * 2**20
+
+
+def tiles(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of at most `TILE_BYTES` of logits in fp32, but of one row at least."""
+    limit = max(TILE_BYTES // (4 * vocab_size), 1)
+    power = 1 << (limit.bit_length() - 1)
+    height = power // 2 * 3 if 2 <= power // 2 * 3 <= limit else power
+    for start in range(0, num_rows, height):
+        yield slice(start, min(start + height, num_rows))
+
+
+def padded_height(num_rows: int) -> int:
+    """The lowest of the heights 1, 2, 3, 4, 6, 8, 12, ... that holds the rows, at least 1."""
+    power = 1 << (num_rows - 1).bit_length()
+    return max(power // 4 * 3, 1) if num_rows <= power // 4 * 3 else power
