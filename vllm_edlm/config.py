@@ -12,7 +12,7 @@ from vllm_edlm.adaptive import DEFAULT_BUDGET
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
-from vllm_edlm.family import FAMILIES, architecture_of, normalise
+from vllm_edlm.family import normalise
 from vllm_edlm.options import (
     PROMPT_ATTENTIONS,
     SERVER_OPTIONS,
@@ -48,9 +48,11 @@ def configure_model(model_config: ModelConfig) -> None:
     config = model_config.hf_config
     normalise(config)
     check_mask_token_id(getattr(config, "mask_token_id", None), config.vocab_size)
-    check_choice("dlm_type in config.json", getattr(config, "dlm_type", "llada"), ("llada",))
-    if (attention := getattr(config, "prompt_attention", None)) is not None:
-        check_choice("prompt_attention in config.json", attention, _prompt_attentions(config))
+    if (dlm_type := getattr(config, "dlm_type", None)) is not None:
+        # By itself "dream" says that tokens shift, not which block predicts a block's first one.
+        named = ("dream",) if config.token_shift else ("llada",)
+        check_choice("dlm_type in config.json", dlm_type, named)
+    check_choice("prompt_attention in config.json", config.prompt_attention, PROMPT_ATTENTIONS)
     config.canvas_length = check_count(
         "block_size (the block length) in config.json", getattr(config, "block_size", None)
     )
@@ -58,9 +60,8 @@ def configure_model(model_config: ModelConfig) -> None:
 
 def _prompt_attentions(config: PretrainedConfig) -> tuple[str, ...]:
     """Modes that a model may be served in; token-causal only if it was trained so."""
-    name = architecture_of(config)
-    trained_causally = name is not None and FAMILIES[name].prompt_attention == "causal"
-    return (*PROMPT_ATTENTIONS, "causal") if trained_causally else PROMPT_ATTENTIONS
+    trained_causally = config.prompt_attention == "causal"
+    return tuple(mode for mode in PROMPT_ATTENTIONS if mode != "causal" or trained_causally)
 
 
 def resolve_options(vllm_config: VllmConfig) -> Options:

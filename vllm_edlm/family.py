@@ -19,7 +19,8 @@ class Family:
         block_length: block length of releases whose config.json does not name it.
         mask_token_id: mask token of releases whose config.json does not name it.
         prompt_attention: how the model was trained to see prompts, unless config.json says so.
-        token_shift: the hidden state of position p - 1 predicts position p.
+        token_shift: the hidden state of position p - 1 predicts position p, unless config.json
+            says otherwise.
     """
 
     model_class: str
@@ -91,11 +92,15 @@ def normalise(config: Any) -> None:
         "block_size": (family.block_length_key, family.block_length),
         "mask_token_id": ("mask_token_id", family.mask_token_id),
         "prompt_attention": ("prompt_attention", family.prompt_attention),
+        "token_shift": ("token_shift", family.token_shift),
     }
     for name, (key, default) in named.items():
         value = getattr(config, key, None)
         setattr(config, name, default if value is None else value)
-    config.token_shift = family.token_shift
+    if not isinstance(config.token_shift, bool):
+        raise ValueError(
+            f"token_shift in config.json must be true or false, got {config.token_shift!r}"
+        )
     _copy_llama_4_scaling(config)
 
 

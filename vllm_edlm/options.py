@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_edlm.reveal import RULES
 
-PROMPT_ATTENTIONS = ("block_causal", "bidirectional")
+PROMPT_ATTENTIONS = ("block_causal", "bidirectional", "causal")
 REVEAL_RULES = tuple(RULES)
 SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal", "adaptive_canvas")
 REQUEST_OPTIONS = (

@@ -57,7 +57,7 @@ def test_unknown_tensor(checkpoint: CheckpointFactory, name: str) -> None:
         ("mask_token_id", None, "mask_token_id.*None"),
         ("block_size", 0, "block_size.*0"),
         ("block_size", None, "block_size.*None"),
-        ("prompt_attention", "causal", "prompt_attention.*causal"),
+        ("prompt_attention", "diagonal", "prompt_attention.*diagonal"),
         ("dlm_type", "dream", "dlm_type.*dream"),
         ("use_sliding_window", True, "use_sliding_window"),
     ],

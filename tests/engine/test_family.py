@@ -31,6 +31,13 @@ class Release:
 
 BLOCK_CAUSAL = {"prompt_attention": "block_causal"}
 RELEASES = [
+    Release(
+        "EfficientDLM",
+        "plain",
+        Served(8, "block_causal", token_shift=True),
+        BLOCK_CAUSAL | {"token_shift": True, "dlm_type": "dream"},
+    ),
+    Release("EfficientDLM", "encoder", Served(8, "causal"), {"prompt_attention": "causal"}),
     Release("DiffEncoderModel", "encoder", Served(8, "bidirectional")),
     Release(
         "EfficientDLMQwen2ForCausalLM",
@@ -71,7 +78,7 @@ def asks(block_length: int) -> list[Ask]:
     ]
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.architecture)
+@pytest.mark.parametrize("release", RELEASES, ids=lambda r: f"{r.architecture}-{r.layout}")
 def test_tokens_are_the_oracles(checkpoint: CheckpointFactory, release: Release) -> None:
     requests = asks(release.served.block_length)
     results = release.start(checkpoint).assert_exact(requests)

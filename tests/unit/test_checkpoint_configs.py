@@ -50,6 +50,7 @@ def test_every_family_is_tested_here() -> None:
     ("architecture", "keys", "expected"),
     [
         ("EfficientDLM", {"prompt_attention": "block_causal"}, (8, MASK_ID, "block_causal", False)),
+        ("EfficientDLM", {"token_shift": True}, (8, MASK_ID, "bidirectional", True)),
         ("DiffEncoderModel", {"block_size": None}, (32, MASK_ID, "bidirectional", False)),
         ("SDARForCausalLM", {"block_size": 16, "mask_token_id": 7}, (16, 7, "block_causal", False)),
         ("Fast_dLLM_QwenForCausalLM", {"bd_size": 8}, (8, 151665, "block_causal", True)),
@@ -84,6 +85,7 @@ def test_query_scaling_is_named_as_vllm_reads_it() -> None:
             "use_sliding_window",
         ),
         ("EfficientDLM", {"disable_qk_norm": True}, "disable_qk_norm"),
+        ("EfficientDLM", {"token_shift": "yes"}, "token_shift.*'yes'"),
         ("EfficientDLMQwen2ForCausalLM", {"head_dim": 64}, "head_dim.*32.*64"),
     ],
 )
