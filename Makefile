@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml vllm_edlm/compat/environment.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,dev]'
 	$(BIN)/python -m vllm_edlm.compat.environment
 	touch $@
 
