@@ -74,7 +74,7 @@ def names(directory: Path) -> set[str]:
 
 @pytest.fixture
 def break_writer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fault], None]:
-    """Let a fault happen when a file is half written, the next time that it is written."""
+    """Let a fault happen the next time that a file is written."""
 
     def breaking(file: str, fault: Fault) -> None:
         def wrap(owner: Any, writer: str, argument: int) -> None:
@@ -85,7 +85,6 @@ def break_writer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fault], None
                 path = Path(args[argument])
                 if path.name == file:
                     monkeypatch.undo()
-                    os.truncate(path, path.stat().st_size // 2)
                     fault(path)
                 return result
 
@@ -103,11 +102,17 @@ class KilledError(BaseException):
     """Stands for the process going away: nobody's except clause may catch it."""
 
 
-def kill(path: Path) -> None:
+def killed_after(path: Path) -> None:
+    raise KilledError
+
+
+def killed_within(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
     raise KilledError
 
 
 def disk_full(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
@@ -121,7 +126,7 @@ def test_a_kill_in_the_middle_of_any_file_loses_only_the_steps_since_the_last_sa
     uninterrupted = train(tmp_path / "whole")
     parts = tmp_path / "parts"
     train(parts, steps=2, kept=1)
-    break_writer(file, kill)
+    break_writer(file, killed_within)
     with pytest.raises(KilledError):
         train(parts, kept=1)
     assert names(parts) == {"checkpoint-2", "checkpoint-4"}, "the good one outlives the attempt"
@@ -193,6 +198,18 @@ def test_shards_of_all_processes_belong_to_a_checkpoint(file: str, tmp_path: Pat
     assert is_complete(tmp_path)
     remove(tmp_path / file)
     assert not is_complete(tmp_path)
+
+
+def test_old_files_do_not_make_up_for_missing_ones(
+    tmp_path: Path, break_writer: Callable[[str, Fault], None]
+) -> None:
+    """A damaged checkpoint is written again, and that is cut short when the damage is mended."""
+    train(tmp_path, steps=4)
+    truncate(tmp_path / "checkpoint-4/model.safetensors")
+    break_writer("model.safetensors", killed_after)
+    with pytest.raises(KilledError):
+        train(tmp_path)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_torn_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
