@@ -14,15 +14,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from examples.convert.tokenizer import build_tokenizer
 from examples.convert.word_problems import problems
-from vllm_edlm.train.data import Document, read_documents
-from vllm_edlm.train.trainer import last_checkpoint
+from vllm_edlm.train.checkpoints import CheckpointingTrainer, last_checkpoint
+from vllm_edlm.train.documents import Document, Source, read_documents
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 _TOKENIZER_PROBLEMS = 4000
@@ -76,7 +75,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     )
 
 
-class _PartOfASchedule(Trainer):
+class _PartOfASchedule(CheckpointingTrainer):
     """Stops at `max_steps` of a learning-rate schedule laid out for more."""
 
     schedule_steps = 2200
@@ -121,10 +120,12 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = tiny_tokenizer(args.seed)
     model = Qwen3ForCausalLM(tiny_config(tokenizer))
-    rows = CausalRows(read_documents(args.data, tokenizer), tokenizer.pad_token_id)
+    documents = list(read_documents(Source(str(args.data)), tokenizer))
+    rows = CausalRows(documents, tokenizer.pad_token_id)
     arguments = training_arguments(args)
     trainer = _PartOfASchedule(model=model, args=arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output / "checkpoints"))
+    checkpoint = last_checkpoint(args.output / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )

@@ -110,8 +110,9 @@ def test_what_a_template_writes_into_the_last_answer_alone_is_learned(
 
 
 def test_what_follows_the_last_answer_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    chatml = with_template(tokenizer, CHATML)
-    assert chat_tokens([*TWO_TURNS, says("user", "Bye")], chatml) == chat_tokens(TWO_TURNS, chatml)
+    thinking = with_template(tokenizer, THINKING_LAST)
+    followed = [*TWO_TURNS, says("user", "Bye")]
+    assert chat_tokens(followed, thinking) == chat_tokens(TWO_TURNS, thinking)
 
 
 def test_an_answer_that_begins_like_the_prompt_ends(tokenizer: PreTrainedTokenizerFast) -> None:

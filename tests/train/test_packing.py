@@ -136,11 +136,11 @@ def test_whoever_skips_rows_goes_on_with_the_same_rows(
 
 
 def test_a_document_goes_where_it_fits_first() -> None:
-    lengths = [15, 10, 4, 20]
+    lengths = [15, 10, 5, 20]
     rows = list(pack(numbered([(0, length) for length in lengths]), 20))
     packed = [[len(d.tokens) for d in row] for row in rows]
-    # 20 fills a row and leaves at once; 4 fits beside 15 although a later row is open.
-    assert packed == [[20], [15, 4], [10]]
+    # 5 fills the row of 15, although a later row is open; full rows leave at once.
+    assert packed == [[15, 5], [20], [10]]
 
 
 def test_packing_wastes_little() -> None:
@@ -170,6 +170,7 @@ def test_the_shuffle_draws_from_its_buffer() -> None:
     assert sorted(order) == list(range(100))
     assert order != list(range(100))
     assert all(index <= place + 10 for place, index in enumerate(order)), "read ahead by ten only"
+    assert list(shuffled(documents, 200, random.Random(0))) != documents
 
 
 def first_tokens(rows: PackedRows, count: int) -> list[int]:
