@@ -1,6 +1,7 @@
 """`edlm eval` and the harness' model `edlm` on one engine: their figures are the oracle's."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm_edlm.evaluate.tasks import TaskExam, TaskExaminee
 
 B = 8
 CELLS = [Cell("confidence", 0.5, B, B), Cell("steps", None, B, 2), Cell("prefix", 0.3, 4, 4)]
+CHOICES = ["ab", "ac", "b"]
 PROMPTS = [prompt(17, seed=900), prompt(24, seed=901), prompt(40, seed=902)]
 
 
@@ -155,7 +157,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, served: Evaluated) -> Path:
         {
             "prompt": spelt(tokens),
             "answer": answer(served.expected(tokens, CELLS[0])),
-            "choices": ["ab", "ac", "b"],
+            "choices": CHOICES,
         }
         for tokens in PROMPTS
     ]
@@ -219,8 +221,32 @@ def test_multiple_choice(served: Evaluated, tasks: Path) -> None:
     samples = report["samples"]["choices"]
     for tokens, sample in zip(PROMPTS, samples, strict=True):
         found = [value for (value, _) in sample["filtered_resps"]]
-        choices = [[VOCABULARY.index(letter) for letter in text] for text in ("ab", "ac", "b")]
-        assert found == pytest.approx([served.chain(tokens, c) for c in choices], abs=1e-4)
+        assert found == pytest.approx(likelihoods(served, tokens), abs=1e-4)
+
+
+def likelihoods(served: Evaluated, tokens: Sequence[int]) -> list[float]:
+    """Of all choices."""
+    spelt = [[VOCABULARY.index(letter) for letter in choice] for choice in CHOICES]
+    return [served.chain(tokens, choice) for choice in spelt]
+
+
+def test_harness_command(
+    served: Evaluated, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation and multiple choice in one run of the harness' own command."""
+    monkeypatch.setattr("lm_eval.models.vllm_causallms.LLM", lambda **args: served.lm.model)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    words = ["run", "--model", "edlm", "--model_args", f"pretrained={served.path},threshold=0.5"]
+    words += ["--tasks", "letters,choices", "--include_path", str(tasks), "--batch_size", "auto"]
+    words += ["--output_path", str(tmp_path)]
+    result = CliRunner().invoke(app, ["eval", "harness", *words])
+    assert result.exit_code == 0, result.output
+    (report,) = tmp_path.glob("*/results_*.json")
+    results = json.loads(report.read_text())["results"]
+    assert results["letters"]["exact_match,none"] == 1.0
+    values = [likelihoods(served, tokens) for tokens in PROMPTS]
+    right = [value.index(max(value)) == 0 for value in values]
+    assert results["choices"]["acc,none"] == pytest.approx(sum(right) / 3)
 
 
 def test_tasks_of_likelihoods_have_no_grid(tasks: Path) -> None:

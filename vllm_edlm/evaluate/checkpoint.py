@@ -4,7 +4,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_edlm.compat.checkpoint_configs import register_checkpoint_configs
 from vllm_edlm.family import FAMILIES, architecture_of, normalise
-from vllm_edlm.options import Options, check_count
+from vllm_edlm.options import PROMPT_ATTENTIONS, Options, check_choice, check_count
 
 
 def checkpoint_options(
@@ -28,14 +28,17 @@ def checkpoint_options(
             f"{config.architectures}; known are {', '.join(FAMILIES)}"
         )
     normalise(config)
-    length = check_count("block length", block_length or config.block_size)
+    length = check_count(
+        "block length", config.block_size if block_length is None else block_length
+    )
+    attention = prompt_attention or config.prompt_attention
     return Options(
         block_length=length,
         max_steps=length,
         rule="confidence",
         threshold=0.9,
         mask_token_id=config.mask_token_id,
-        prompt_attention=prompt_attention or config.prompt_attention,
+        prompt_attention=check_choice("prompt_attention", attention, PROMPT_ATTENTIONS),
         token_shift=config.token_shift,
     )
 
