@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.convert.tokenizer import build_tokenizer
 from examples.convert.word_problems import problems, write_jsonl
+from vllm_edlm.train.attention import implementation
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def tiny_lm(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=256,
-        attn_implementation="sdpa",
+        attn_implementation=implementation("sdpa", torch.device("cpu")),
         tie_word_embeddings=True,
     )
     return Qwen3ForCausalLM(config).eval()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 from typer.testing import CliRunner, Result
 
 import vllm_edlm.train.trainer as trainer_module
 from vllm_edlm.cli import app
+from vllm_edlm.train.model import BlockDiffusionLM, TokenLosses
 
 
 def run_convert(model: Path, data: Path, output: Path, *options: str) -> Result:
@@ -100,14 +100,15 @@ def test_a_finished_training_is_only_exported_again(
 def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_kept(
     ar_directory: Path, problem_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = trainer_module.BlockDiffusionLM.forward
+    forward = BlockDiffusionLM.forward
     calls = iter(range(100))
 
-    def breaks_later(self: Any, sequence: Any) -> torch.Tensor:
-        loss: torch.Tensor = forward(self, sequence)
-        return loss * float("nan") if next(calls) == 5 else loss
+    def breaks_later(self: Any, batch: Any) -> TokenLosses:
+        losses = forward(self, batch)
+        broken = losses.masked * float("nan")
+        return losses._replace(masked=broken) if next(calls) == 5 else losses
 
-    monkeypatch.setattr(trainer_module.BlockDiffusionLM, "forward", breaks_later)
+    monkeypatch.setattr(BlockDiffusionLM, "forward", breaks_later)
     result = run_convert(ar_directory, problem_file, tmp_path / "out")
     assert result.exit_code == 1
     assert "the loss became nan at step 5" in result.output
@@ -119,11 +120,123 @@ def test_options_reach_the_checkpoint(
     ar_directory: Path, problem_file: Path, tmp_path: Path
 ) -> None:
     options = ["--steps", "1", "--block-length", "8", "--noise", "uniform", "--layout", "plain"]
-    result = run_convert(ar_directory, problem_file, tmp_path / "out", *options)
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", *options, "--token-shift")
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["block_size"] == 8
     assert config["tok_mask_half_life_ratio"] is None
+    assert config["token_shift"] is True
+
+
+AXES = [
+    ("--pattern", "block_noisy"),
+    ("--pattern", "bidirectional", "--token-shift"),
+    ("--ar-loss-weight", "0.5"),
+    ("--growth", "4,8,16"),
+    ("--lora-rank", "4"),
+    ("--schedule", "wsd", "--decay-ratio", "0.5"),
+    ("--gradient-checkpointing", "--accumulate", "2"),
+    ("--noise-copies", "2", "--bf16"),
+]
+
+
+@pytest.mark.parametrize("options", AXES, ids=lambda options: "".join(options))
+def test_every_axis_learns_and_exports_what_it_trained(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    result = run_convert(
+        ar_directory, problem_file, tmp_path / "out", *options, "--check", "--steps", "12"
+    )
+    assert result.exit_code == 0, result.output
+    assert "masked tokens differ" in result.output
+    history = log_history(tmp_path / "out", 12)
+    assert history[0]["loss"] > 0
+    prompt_attention = AutoConfig.from_pretrained(tmp_path / "out").prompt_attention
+    expected = {"--ar-loss-weight": "causal", "bidirectional": "bidirectional"}
+    named = [name for option, name in expected.items() if option in options]
+    assert prompt_attention == (named or ["block_causal"])[0]
+
+
+def log_history(output: Path, step: int) -> list[dict[str, float]]:
+    state = (output / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text()
+    history: list[dict[str, float]] = json.loads(state)["log_history"]
+    return history
+
+
+def test_the_loss_falls_and_the_log_says_where(
+    ar_directory: Path, problem_file: Path, tmp_path: Path
+) -> None:
+    options = ["--steps", "40", "--log-steps", "10", "--learning-rate", "3e-3", "--log-to"]
+    result = run_convert(
+        ar_directory, problem_file, tmp_path / "out", *options, "tensorboard", "--save-steps", "40"
+    )
+    assert result.exit_code == 0, result.output
+    history = log_history(tmp_path / "out", 40)
+    assert [line["step"] for line in history] == [10, 20, 30, 40]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    for line in history:
+        assert line["tokens_per_second"] > 0
+        for axis in ("mask", "position"):
+            assert {f"loss/{axis}_0.00-0.25", f"loss/{axis}_0.75-1.00"} <= line.keys()
+    assert list((tmp_path / "out/tensorboard").rglob("events.*"))
+
+
+def test_a_dlm_of_shorter_blocks_teaches(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    short = run_convert(ar_directory, problem_file, tmp_path / "short", "--block-length", "4")
+    assert short.exit_code == 0, short.output
+    seen = {}
+    for weight in ("0", "0.5"):
+        losses.clear()
+        options = ["--teacher", str(tmp_path / "short"), "--distillation-weight", weight]
+        result = run_convert(ar_directory, problem_file, tmp_path / weight, *options)
+        assert result.exit_code == 0, result.output
+        seen[weight] = list(losses)
+    losses.clear()
+    assert run_convert(ar_directory, problem_file, tmp_path / "alone").exit_code == 0
+    assert seen["0"] == losses, "a teacher without weight changes nothing"
+    assert seen["0.5"] != losses
+
+
+def test_a_teacher_that_does_not_fit_is_named(
+    ar_directory: Path, problem_file: Path, tmp_path: Path
+) -> None:
+    options = ["--steps", "1", "--token-shift", "--block-length", "4"]
+    assert run_convert(ar_directory, problem_file, tmp_path / "shift", *options).exit_code == 0
+    for teacher, message in (
+        (tmp_path / "shift", "token_shift of the teacher"),
+        (ar_directory, "is no block-diffusion checkpoint"),
+        (tmp_path / "nothing", "cannot load the teacher"),
+    ):
+        result = run_convert(
+            ar_directory, problem_file, tmp_path / "out", "--teacher", str(teacher)
+        )
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_a_dry_run_leaves_nothing(ar_directory: Path, problem_file: Path, tmp_path: Path) -> None:
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer_module.ConversionTrainer._save_scaler
+
+    def full(self: Any, output_dir: str) -> None:
+        if self.state.global_step == 8:
+            raise OSError(28, "No space left on device")
+        save(self, output_dir)
+
+    monkeypatch.setattr(trainer_module.ConversionTrainer, "_save_scaler", full)
+    result = run_convert(ar_directory, problem_file, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "checkpoint-8: [Errno 28] No space left" in result.output
+    assert (tmp_path / "out/checkpoints/checkpoint-4").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +246,11 @@ def test_options_reach_the_checkpoint(
         (["--mask-token-id", "99999"], "mask token id 99999 is outside the vocabulary"),
         (["--half-life-ratio", "0"], "half_life_ratio must be above 0, got 0"),
         (["--row-length", "32"], "a row holds 32"),
+        (["--growth", "4,8"], "growth must name rising block lengths"),
+        (["--pattern", "block_noisy", "--ar-loss-weight", "1"], "ar_loss_weight must be 0 with"),
+        (["--schedule", "wsd", "--decay-ratio", "1"], "must not be more than the 8 steps"),
+        (["--lora-rank", "1000"], "LoRA rank must be 1 to 32"),
+        (["--fsdp"], "fsdp"),
     ],
 )
 def test_bad_options_are_named(
@@ -151,7 +269,19 @@ def test_missing_files_are_named(ar_directory: Path, problem_file: Path, tmp_pat
     assert "nothing" in no_model.output
 
 
+def test_the_model_is_not_overwritten(ar_directory: Path, problem_file: Path) -> None:
+    result = run_convert(ar_directory, problem_file, ar_directory)
+    assert result.exit_code == 1
+    assert "holds the model" in result.output
+
+
 def test_block_length_0_is_refused(ar_directory: Path, problem_file: Path, tmp_path: Path) -> None:
     result = run_convert(ar_directory, problem_file, tmp_path, "--block-length", "0")
     assert result.exit_code == 2
     assert "block-length" in result.output
+
+
+def test_growth_must_be_numbers(ar_directory: Path, problem_file: Path, tmp_path: Path) -> None:
+    result = run_convert(ar_directory, problem_file, tmp_path, "--growth", "4,x")
+    assert result.exit_code == 2
+    assert "must be block lengths such as 4,8,16" in result.output

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from vllm_edlm.train.noise import (
+    NOISE_KINDS,
     Corruption,
+    NoiseKind,
     corrupt,
     draw,
     numbers_needed,
@@ -16,7 +18,7 @@ from vllm_edlm.train.noise import (
 
 
 def sample_blocks(ratio: float, block_length: int, count: int = 40_000) -> Corruption:
-    uniforms = draw(0, 0, [0], 0, count * (block_length + 1)).view(count, block_length + 1)
+    uniforms = draw(0, [0], 0, count * (block_length + 1)).view(count, block_length + 1)
     return position_noise(
         uniforms, torch.ones(count, block_length, dtype=torch.bool), block_length, ratio
     )
@@ -33,9 +35,25 @@ def test_mean_masking_by_position(ratio: float, first: float, middle: float, las
 
 
 def test_uniform_mean_is_one_half_everywhere() -> None:
-    uniforms = draw(0, 0, [0], 0, 40_000 * 65).view(40_000, 65)
-    mean = uniform_noise(uniforms, torch.ones(40_000, 64, dtype=torch.bool)).masked.float()
-    assert (mean.mean(0) - 0.5).abs().max() < 0.015
+    uniforms = draw(0, [0], 0, 40_000 * 65).view(40_000, 65)
+    in_loss, document = torch.ones(40_000, 64, dtype=torch.bool), torch.zeros(40_000, 64).long()
+    mean = uniform_noise(uniforms, in_loss, document).masked.float().mean(0)
+    assert (mean - 0.5).abs().max() < 0.015
+
+
+def test_uniform_noise_masks_documents_of_a_row_independently() -> None:
+    """The share of masked tokens is the document's own ratio; the pad is never masked."""
+    length = 6000
+    document = torch.tensor([0] * 2000 + [1] * 2000 + [-1] * 2000).expand(20, -1)
+    in_loss = document >= 0
+    uniforms = draw(0, list(range(20)), 0, numbers_needed(length, 1000))
+    noise = uniform_noise(uniforms, in_loss, document)
+    shares = noise.masked.float().unflatten(1, (3, 2000)).mean(-1)
+    ratios = noise.p_mask.unflatten(1, (3, 2000))
+    assert (ratios == ratios[:, :, :1]).all()
+    assert (shares[:, :2] - ratios[:, :2, 0]).abs().max() < 0.06
+    assert (shares[:, 2] == 0).all()
+    assert torch.corrcoef(ratios[:, :2, 0].T)[0, 1].abs() < 0.6
 
 
 @pytest.mark.parametrize(("block_length", "share"), [(64, 0.006), (32, 0.015), (16, 0.03)])
@@ -46,7 +64,7 @@ def test_share_of_blocks_without_a_mask(block_length: int, share: float) -> None
 
 def test_exactly_k_masks_in_every_block_also_the_short_last_one() -> None:
     lengths = [16, 16, 16, 5]
-    uniforms = draw(3, 0, list(range(200)), 0, numbers_needed("position", sum(lengths), 16))
+    uniforms = draw(3, list(range(200)), 0, numbers_needed(sum(lengths), 16))
     noise = position_noise(uniforms, torch.ones(200, sum(lengths), dtype=torch.bool), 16, 0.1)
     start = 0
     for length in lengths:
@@ -57,7 +75,7 @@ def test_exactly_k_masks_in_every_block_also_the_short_last_one() -> None:
 
 
 def test_positions_outside_the_loss_are_unmasked_after_the_choice() -> None:
-    uniforms = draw(0, 0, list(range(500)), 0, numbers_needed("position", 16, 16))
+    uniforms = draw(0, list(range(500)), 0, numbers_needed(16, 16))
     everywhere = position_noise(uniforms, torch.ones(500, 16, dtype=torch.bool), 16, 0.1)
     in_loss = torch.ones(500, 16, dtype=torch.bool)
     in_loss[:, :6] = False
@@ -66,18 +84,19 @@ def test_positions_outside_the_loss_are_unmasked_after_the_choice() -> None:
     assert torch.equal(part.p_mask, everywhere.p_mask)
 
 
-@pytest.mark.parametrize("kind", ["position", "uniform"])
-def test_noise_depends_on_the_sample_not_on_its_batch(kind: str) -> None:
-    in_loss = torch.ones(1, 32, dtype=torch.bool)
-    numbers = numbers_needed(kind, 32, 16)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_noise_depends_on_the_sample_not_on_its_batch(kind: NoiseKind) -> None:
+    in_loss, document = torch.ones(3, 32, dtype=torch.bool), torch.tensor([[0] * 16 + [1] * 16] * 3)
+    numbers = numbers_needed(32, 16)
     samples = [5, 900, 17]
-    together = corrupt(kind, draw(1, 2, samples, 0, numbers), in_loss.expand(3, -1), 16, 0.1)
+    together = corrupt(kind, draw(1, samples, 0, numbers), in_loss, document, 16, 0.1)
     for row, sample in enumerate(samples):
-        alone = corrupt(kind, draw(1, 2, [sample], 0, numbers), in_loss, 16, 0.1)
+        stream = draw(1, [sample], 0, numbers)
+        alone = corrupt(kind, stream, in_loss[:1], document[:1], 16, 0.1)
         assert torch.equal(alone.masked[0], together.masked[row])
-    streams = [draw(*key, numbers) for key in ((1, 2, [5], 0), (1, 3, [5], 0), (1, 2, [5], 1))]
-    assert not torch.equal(streams[0], streams[1]), "epochs differ"
-    assert not torch.equal(streams[0], streams[2]), "copies differ"
+    streams = [draw(*key, numbers) for key in ((1, [5], 0), (1, [6], 0), (1, [5], 1), (2, [5], 0))]
+    for number, stream in enumerate(streams[1:], start=1):
+        assert not torch.equal(streams[0], stream), f"stream {number} is another"
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])

@@ -2,129 +2,154 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from vllm_edlm.train.data import PackedRows, read_documents
-from vllm_edlm.train.export import (
-    SUPPORTED_MODEL_TYPES,
-    Layout,
-    choose_mask_token,
-    export,
-    untie_head,
-)
+from vllm_edlm.train.attention import implementation
+from vllm_edlm.train.check import Check, check
+from vllm_edlm.train.checkpoints import last_checkpoint, steps_done
+from vllm_edlm.train.documents import Source, read_documents
+from vllm_edlm.train.export import choose_mask_token, export, untie_head
+from vllm_edlm.train.layouts import load_causal_lm
+from vllm_edlm.train.lora import add_lora, merge_lora
 from vllm_edlm.train.model import BlockDiffusionLM
-from vllm_edlm.train.noise import NoiseKind
-from vllm_edlm.train.trainer import ConversionTrainer, Objective, last_checkpoint, steps_done
+from vllm_edlm.train.packing import PackedRows
+from vllm_edlm.train.plan import Plan, plan
+from vllm_edlm.train.recipe import Recipe, training_arguments
+from vllm_edlm.train.served_config import check_convertible
+from vllm_edlm.train.teacher import load_teacher
+from vllm_edlm.train.trainer import ConversionTrainer
+
+_CHECKED_ROWS = 2
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything `edlm convert` lets one choose; the command's help explains each."""
-
-    model: str
-    data: Path
-    output: Path
-    block_length: int
-    half_life_ratio: float
-    noise: NoiseKind
-    noise_copies: int
-    mask_token_id: int | None
-    row_length: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_learning_rate_ratio: float
-    warmup_steps: int
-    weight_decay: float
-    save_steps: int
-    seed: int
-    bf16: bool
-    compile: bool
-    layout: Layout
-    attention: str
-
-
-def convert(recipe: Recipe) -> None:
+def convert(recipe: Recipe, check_export: bool = False) -> Check | None:
     """Train and export by the recipe; goes on from the last checkpoint in `output`, if any.
 
+    Returns:
+        With `check_export`, and in the main process: how the export compares to the trained model.
+
     Raises:
-        ValueError: an option, the data or the model does not fit; the message names it.
+        ValueError: an option, the data or the model does not fit; the message names it. Or the
+            export does not compute what the trained model does.
         TrainingDivergedError: the loss became NaN or infinite.
+        CheckpointError, OSError: a checkpoint or the export cannot be written.
     """
+    trainer, tokenizer = prepare(recipe)
+    causal_lm = train(trainer, recipe)
+    if causal_lm is None:
+        return None
+    if recipe.lora_rank:
+        causal_lm = merge_lora(causal_lm)
+    facts, dtype = recipe.facts(trainer.args.world_size), recipe.export_dtype
+    export(recipe.output, causal_lm, tokenizer, trainer.objective, recipe.layout, dtype, facts)
+    if not check_export:
+        return None
+    rows = [row for row, _ in zip(trainer.train_dataset, range(_CHECKED_ROWS), strict=False)]
+    return check(recipe.output, causal_lm, trainer.objective, rows)
+
+
+def dry_run(recipe: Recipe) -> Plan:
+    """What the conversion would take: tokens, steps, memory, time; `output` stays untouched.
+
+    Raises:
+        ValueError: as `convert`.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        trainer, _ = prepare(replace(recipe, output=Path(aside)))
+        return plan(trainer)
+
+
+def prepare(recipe: Recipe) -> tuple[ConversionTrainer, Any]:
+    """Everything up to the first step: the trainer, which holds model and data; the tokenizer."""
     set_seed(recipe.seed)
-    tokenizer, causal_lm = _load(recipe)
-    mask_token_id = choose_mask_token(tokenizer, causal_lm, recipe.mask_token_id)
-    objective = Objective(
-        block_length=recipe.block_length,
-        mask_token_id=mask_token_id,
-        noise=recipe.noise,
-        half_life_ratio=recipe.half_life_ratio,
-        noise_copies=recipe.noise_copies,
-        seed=recipe.seed,
-    )
-    untie_head(causal_lm)
-    documents = read_documents(recipe.data, tokenizer)
-    rows = PackedRows(documents, recipe.row_length, recipe.block_length, tokenizer.eos_token_id)
-    train(BlockDiffusionLM(causal_lm), rows, objective, recipe)
-    export(recipe.output, causal_lm, tokenizer, objective, recipe.layout)
-
-
-def train(model: BlockDiffusionLM, rows: PackedRows, objective: Objective, recipe: Recipe) -> None:
-    """Run the training loop, or what is left of it; weights change in place."""
-    if recipe.compile:
-        # Only the backbone: the number of masked tokens, and so the head's shape, always changes.
-        model.causal_lm.base_model.compile()
     arguments = training_arguments(recipe)
-    checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
-    if checkpoint and steps_done(checkpoint) >= recipe.steps:
-        # Stopped between the last step and the export: Trainer would take one step too many.
-        load_model(model, Path(checkpoint) / "model.safetensors")
-        return
-    trainer = ConversionTrainer(model, arguments, rows, objective)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    attention = implementation(recipe.attention, arguments.device)
+    tokenizer = _load_tokenizer(recipe)
+    rows = _rows(recipe, tokenizer)
+    causal_lm = load_causal_lm(recipe.model, torch.float32, attention)
+    objective = recipe.objective(choose_mask_token(tokenizer, causal_lm, recipe.mask_token_id))
+    _set_up(causal_lm, recipe)
+    teacher = None
+    if recipe.teacher is not None:
+        dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+        teacher = load_teacher(recipe.teacher, tokenizer, objective, dtype, attention)
+    model = BlockDiffusionLM(causal_lm, objective, teacher)
+    return ConversionTrainer(model, arguments, rows, objective, recipe.row_length), tokenizer
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """AdamW with warm-up and a cosine down to a minimum, as in the paper's recipe."""
-    return TrainingArguments(
-        output_dir=str(recipe.output / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate_ratio},
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        seed=recipe.seed,
-        bf16=recipe.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=min(25, recipe.steps),
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        report_to=[],
-    )
-
-
-def _load(recipe: Recipe) -> tuple[Any, Any]:
-    """Tokenizer and fp32 model, checked before anything expensive happens."""
-    if not recipe.data.is_file():
-        raise ValueError(f"data file {recipe.data} does not exist")
+def _load_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer, once it is clear that the model can be converted, and where to."""
+    if recipe.output.resolve() == Path(recipe.model).resolve():
+        raise ValueError(f"output {recipe.output} holds the model, which the export would replace")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            recipe.model, dtype=torch.float32, attn_implementation=recipe.attention
-        )
+        check_convertible(AutoConfig.from_pretrained(recipe.model))
+        return AutoTokenizer.from_pretrained(recipe.model)
     except OSError as error:
         raise ValueError(f"cannot load the model {recipe.model}: {error}") from error
-    if causal_lm.config.model_type not in SUPPORTED_MODEL_TYPES:
-        allowed = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ValueError(
-            f"{recipe.model} is of model type {causal_lm.config.model_type!r}; allowed: {allowed}"
-        )
-    return tokenizer, causal_lm
+
+
+def _rows(recipe: Recipe, tokenizer: Any) -> PackedRows:
+    source = Source(recipe.data, recipe.data_split, recipe.data_subset)
+    rows = PackedRows(
+        read_documents(source, tokenizer),
+        recipe.row_length,
+        recipe.block_length,
+        tokenizer.eos_token_id,
+        shuffle_buffer=recipe.shuffle_buffer,
+        seed=recipe.seed,
+        skip_long=recipe.skip_long,
+    )
+    next(iter(rows))  # data that cannot be read is better known before the model is loaded
+    return rows
+
+
+def _set_up(causal_lm: Any, recipe: Recipe) -> None:
+    """Choose which weights train and how the backbone runs, in place."""
+    untie_head(causal_lm)
+    if recipe.lora_rank is not None:
+        add_lora(causal_lm, recipe.lora_rank, recipe.lora_alpha)
+    if recipe.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:
+        # Only the backbone: the number of masked tokens, and so the head's shape, always changes.
+        causal_lm.base_model.compile()
+
+
+def train(trainer: ConversionTrainer, recipe: Recipe) -> Any:
+    """Run the training loop, or what is left of it.
+
+    Returns:
+        The trained causal LM, its weights whole; None in processes other than the main one.
+    """
+    checkpoint = last_checkpoint(recipe.checkpoints)
+    if checkpoint and steps_done(checkpoint) >= recipe.steps:
+        # Stopped between the last step and the export: Trainer would take one step too many.
+        load_model(trainer.model, checkpoint / "model.safetensors")
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.is_fsdp_enabled:
+            return _gathered(trainer, recipe)
+    return trainer.model.causal_lm if trainer.is_world_process_zero() else None
+
+
+def _gathered(trainer: ConversionTrainer, recipe: Recipe) -> Any:
+    """The whole causal LM on the CPU of the main process, from the shards of all."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    sharded = trainer.model.causal_lm
+    causal_lm = AutoModelForCausalLM.from_config(
+        sharded.config, dtype=torch.float32, attn_implementation=sharded.config._attn_implementation
+    )
+    causal_lm.generation_config = sharded.generation_config
+    if recipe.lora_rank is not None:
+        add_lora(causal_lm, recipe.lora_rank, recipe.lora_alpha)
+    BlockDiffusionLM(causal_lm, trainer.objective).load_state_dict(weights)
+    return causal_lm

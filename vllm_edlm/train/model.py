@@ -1,129 +1,112 @@
 """The stock transformers decoder as a block-diffusion model: one forward over [x_t | x_0].
 
-Shape legend: N rows, L tokens of a row, C noisy copies, T tokens of the joint sequence, M masked
-tokens, V vocabulary.
+Shape legend: N rows, T tokens of the joint sequence, M masked tokens, A clean tokens with a
+next-token loss.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from vllm_edlm.train.data import NO_DOCUMENT
-from vllm_edlm.train.loss import diffusion_loss
-from vllm_edlm.train.masks import CLEAN, Grid, dense_mask, flex_mask
-from vllm_edlm.train.noise import Corruption
+from vllm_edlm.train.attention import attention_inputs
+from vllm_edlm.train.joint import IGNORED
+from vllm_edlm.train.loss import cross_entropies, divergences, in_slices, tokens_per_slice
+from vllm_edlm.train.masks import Grid
+from vllm_edlm.train.objective import Objective
+
+if TYPE_CHECKING:
+    from vllm_edlm.train.teacher import Teacher
 
 
-class JointSequence(NamedTuple):
-    """What one forward runs: noisy copies first, clean tokens last. All but `grid` are [N, T]."""
+class TokenLosses(NamedTuple):
+    """Losses in nats, fp32, in the order of the batch's labels.
 
-    tokens: Tensor
-    position_ids: Tensor
-    targets: Tensor
-    masked: Tensor  # bool, False on the clean half
-    p_mask: Tensor
-    grid: Grid
-
-
-def join(
-    batch: dict[str, Tensor],
-    corruptions: list[Corruption],
-    mask_token_id: int,
-    block_length: int,
-    drop_unused: bool = True,
-) -> JointSequence:
-    """Lay out noisy copies and clean tokens of a batch from `PackedRows` as one sequence.
-
-    With one corruption and `drop_unused=False` this is the paper's [x_t | x_0] with T = 2L. Blocks
-    that change neither loss nor gradient may be dropped: noisy blocks without a token in the loss,
-    and the last clean block of a document, which nothing attends to. Further corruptions share the
-    clean half, which costs less than another row would.
+    Attributes:
+        masked: [M] of masked tokens, not divided by the masking ratio.
+        next: [A] next-token cross entropies of clean tokens; empty without a next-token loss.
     """
-    needed_noisy, needed_clean = _needed(batch, block_length, drop_unused)
-    parts = []
-    for copy, corruption in enumerate(corruptions, start=CLEAN + 1):
-        parts.append(_part(batch, needed_noisy, copy, corruption, mask_token_id, block_length))
-    untouched = Corruption(
-        torch.zeros_like(batch["in_loss"]), torch.ones_like(batch["tokens"], dtype=torch.float32)
-    )
-    parts.append(_part(batch, needed_clean, CLEAN, untouched, mask_token_id, block_length))
-    fields = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    grid = Grid(*(fields.pop(name) for name in ("copy", "document", "block")))
-    return JointSequence(**fields, grid=grid)
 
-
-def _needed(
-    batch: dict[str, Tensor], block_length: int, drop_unused: bool
-) -> tuple[Tensor, Tensor]:
-    """Column indices [N, kept] of the noisy and of the clean tokens that a forward needs."""
-    in_loss, document = batch["in_loss"], batch["document_ids"]
-    noisy = in_loss.unflatten(1, (-1, block_length)).any(-1)
-    noisy = noisy.repeat_interleave(block_length, dim=1)
-    # A clean token serves only later blocks of its document.
-    clean = torch.zeros_like(in_loss)
-    follows = document[:, :-block_length] == document[:, block_length:]
-    clean[:, :-block_length] = follows & (document[:, block_length:] != NO_DOCUMENT)
-    if not drop_unused:
-        noisy, clean = torch.ones_like(noisy), torch.ones_like(clean)
-    return _columns(noisy), _columns(clean)
-
-
-def _columns(wanted_NL: Tensor) -> Tensor:
-    """Columns of the wanted tokens, in order; rows with fewer take harmless others along."""
-    count = int(wanted_NL.sum(dim=1).max())
-    order = wanted_NL.int().argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(dim=1).values
-
-
-def _part(
-    batch: dict[str, Tensor],
-    columns: Tensor,
-    copy: int,
-    corruption: Corruption,
-    mask_token_id: int,
-    block_length: int,
-) -> dict[str, Tensor]:
-    """The kept columns of one copy, field by field, each [N, kept]."""
-    targets, masked = batch["tokens"], corruption.masked
-    fields = {
-        "tokens": targets.masked_fill(masked, mask_token_id),
-        "position_ids": batch["position_ids"],
-        "targets": targets,
-        "masked": masked,
-        "p_mask": corruption.p_mask,
-        "copy": torch.full_like(targets, copy),
-        "document": batch["document_ids"],
-        "block": batch["position_ids"] // block_length,
-    }
-    return {name: value.gather(1, columns) for name, value in fields.items()}
+    masked: Tensor
+    next: Tensor
 
 
 class BlockDiffusionLM(nn.Module):
-    """Wraps a stock causal LM (Qwen3, Qwen2, Llama); parameters and their names stay its own."""
+    """Wraps a stock causal LM (Qwen3, Qwen2, Llama); parameters and their names stay its own.
 
-    def __init__(self, causal_lm: Any) -> None:
+    The causal LM's `attn_implementation` is a name from `attention.implementation`. A teacher is
+    no submodule: it is neither trained nor saved nor sharded.
+    """
+
+    def __init__(
+        self, causal_lm: Any, objective: Objective, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.objective = objective
+        self.teacher = teacher
+        # FSDP shards layer by layer by these names.
+        self._no_split_modules = causal_lm._no_split_modules
 
-    def forward(self, sequence: JointSequence) -> Tensor:
-        """Loss of one joint sequence, a scalar in nats; logits exist for masked tokens only."""
-        hidden = self.hidden_states(sequence)
-        masked = sequence.masked
-        logits = self.causal_lm.get_output_embeddings()(hidden[masked])
-        return diffusion_loss(logits, sequence.targets[masked], sequence.p_mask[masked])
+    def forward(self, batch: dict[str, Tensor]) -> TokenLosses:
+        """Losses of a batch from `JointCollator`; logits exist for asked tokens only."""
+        hidden = self.hidden_states(batch)
+        masked = self._masked_losses(batch, hidden)
+        if "next_labels" not in batch:
+            return TokenLosses(masked, masked.new_empty(0))
+        asked = batch["next_labels"] != IGNORED
+        targets = batch["next_labels"][asked]
+        return TokenLosses(masked, self._in_slices(self._losses, hidden[asked], targets))
 
-    def hidden_states(self, sequence: JointSequence) -> Tensor:
-        """Last hidden states [N, T, hidden] of the joint sequence."""
-        flex = self.causal_lm.config._attn_implementation == "flex_attention"
-        mask = flex_mask(sequence.grid) if flex else dense_mask(sequence.grid)
-        output = self.causal_lm.base_model(
-            input_ids=sequence.tokens,
-            attention_mask=mask,
-            position_ids=sequence.position_ids,
-            use_cache=False,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+    def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """Last hidden states [N, T, hidden] of the joint sequences."""
+        objective = self.objective
+        grid = grid_of(batch, batch["block"], objective)
+        return joint_hidden_states(self.causal_lm, batch, grid)
+
+    def _masked_losses(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        row, column = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+        targets, source = batch["labels"][row, column], batch["source"][row, column]
+        inputs = [hidden[row, source], targets]
+        if self.teacher is None:
+            return self._in_slices(self._losses, *inputs)
+        inputs.append(self.teacher.hidden_states(batch)[row, source])
+        return self._in_slices(self._distilled_losses, *inputs)
+
+    def _in_slices(self, losses: Any, *inputs: Tensor) -> Tensor:
+        return in_slices(losses, tokens_per_slice(self.causal_lm.config.vocab_size), *inputs)
+
+    def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropies(self.causal_lm.get_output_embeddings()(hidden), targets)
+
+    def _distilled_losses(self, hidden: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        assert self.teacher is not None
+        weight = self.objective.distillation_weight
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        own, taught = cross_entropies(logits, targets), self.teacher.logits(taught)
+        return (1 - weight) * own + weight * divergences(taught, logits)
+
+
+def grid_of(batch: dict[str, Tensor], block: Tensor, objective: Objective) -> Grid:
+    """The attention grid of a batch with blocks numbered by `block`."""
+    return Grid(
+        batch["copy"],
+        batch["document"],
+        block,
+        batch["position_ids"],
+        objective.pattern,
+        objective.causal_clean,
+    )
+
+
+def joint_hidden_states(causal_lm: Any, batch: dict[str, Tensor], grid: Grid) -> Tensor:
+    """Last hidden states [N, T, hidden] of a stock causal LM that attends by the grid."""
+    output = causal_lm.base_model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        **attention_inputs(causal_lm.config._attn_implementation, grid),
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden

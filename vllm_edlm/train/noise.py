@@ -1,7 +1,8 @@
 """Which tokens of a block are masked, and with which probability.
 
-Corruption is a function of (seed, epoch, sample index, copy) alone, so it is the same with any
-number of data workers, any batch size and after a resume.
+Corruption is a function of (seed, sample, copy) alone, where `sample` is the row's running index
+over all passes through the data. So it is the same with any number of processes and data workers,
+any batch size and after a resume.
 
 Shape legend: N rows, L tokens of a row, K blocks of a row, B block length.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 NoiseKind = Literal["position", "uniform"]
+NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 
 # Smallest masking ratio: the loss divides by it (reference recipe of arXiv 2512.14067).
 MIN_RATIO = 1e-3
@@ -28,9 +30,9 @@ class Corruption(NamedTuple):
     p_mask: Tensor
 
 
-def draw(seed: int, epoch: int, samples: list[int], copy: int, numbers: int) -> Tensor:
+def draw(seed: int, samples: list[int], copy: int, numbers: int) -> Tensor:
     """Uniform numbers in [0, 1) of shape [N, numbers], one independent stream per sample."""
-    return torch.stack([_stream(f"{seed}/{epoch}/{s}/{copy}", numbers) for s in samples])
+    return torch.stack([_stream(f"{seed}/{sample}/{copy}", numbers) for sample in samples])
 
 
 def _stream(key: str, numbers: int) -> Tensor:
@@ -40,29 +42,42 @@ def _stream(key: str, numbers: int) -> Tensor:
     return torch.rand(numbers, generator=generator, dtype=torch.float64)
 
 
-def numbers_needed(kind: NoiseKind, length: int, block_length: int) -> int:
-    """How many uniform numbers `corrupt` uses up for one row of `length` tokens."""
-    return length + (-(-length // block_length) if kind == "position" else 1)
+def numbers_needed(length: int, block_length: int) -> int:
+    """How many uniform numbers `corrupt` uses up for one row of `length` tokens.
+
+    One per token and one per block: the block's masking ratio, or that of one of the documents,
+    which are never more than the blocks.
+    """
+    return length + -(-length // block_length)
 
 
 def corrupt(
     kind: NoiseKind,
     uniforms: Tensor,
     in_loss_NL: Tensor,
+    document_NL: Tensor,
     block_length: int,
     half_life_ratio: float,
 ) -> Corruption:
     """Corrupt rows by the named kind; `uniforms` comes from `draw` with `numbers_needed`."""
     if kind == "position":
         return position_noise(uniforms, in_loss_NL, block_length, half_life_ratio)
-    return uniform_noise(uniforms, in_loss_NL)
+    return uniform_noise(uniforms, in_loss_NL, document_NL)
 
 
-def uniform_noise(uniforms: Tensor, in_loss_NL: Tensor) -> Corruption:
-    """One ratio t per sequence, every token masked independently with probability t."""
-    ratio_N1 = MIN_RATIO + (1 - MIN_RATIO) * uniforms[:, :1]
-    masked = (uniforms[:, 1:] < ratio_N1) & in_loss_NL
-    return Corruption(masked, ratio_N1.expand_as(uniforms[:, 1:]).float())
+def uniform_noise(uniforms: Tensor, in_loss_NL: Tensor, document_NL: Tensor) -> Corruption:
+    """One ratio t per document, every token of it masked independently with probability t.
+
+    Args:
+        uniforms: [N, R + L]; the first R are for the ratios of up to R documents.
+        in_loss_NL: bool; other tokens stay as they are.
+        document_NL: number of the token's document in its row, from 0; negative on a pad.
+    """
+    length = in_loss_NL.shape[1]
+    ratio_NR = MIN_RATIO + (1 - MIN_RATIO) * uniforms[:, :-length]
+    ratio_NL = ratio_NR.gather(1, document_NL.clamp(min=0))
+    masked_NL = (uniforms[:, -length:] < ratio_NL) & in_loss_NL
+    return Corruption(masked_NL, ratio_NL.float())
 
 
 def position_noise(

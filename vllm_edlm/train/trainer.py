@@ -2,111 +2,140 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
 
-from vllm_edlm.train.data import PackedRows
-from vllm_edlm.train.model import BlockDiffusionLM, join
-from vllm_edlm.train.noise import Corruption, NoiseKind, corrupt, draw, numbers_needed
+from vllm_edlm.train.bands import LossBands
+from vllm_edlm.train.checkpoints import CheckpointingTrainer
+from vllm_edlm.train.joint import IGNORED, JointCollator
+from vllm_edlm.train.loss import masked_loss
+from vllm_edlm.train.model import BlockDiffusionLM, TokenLosses
+from vllm_edlm.train.objective import Objective
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss is not a number any more; checkpoints saved before stay as they are."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is learned: block length, noise and the mask token.
+class ConversionTrainer(CheckpointingTrainer):
+    """Trains a `BlockDiffusionLM` on rows of `row_length` tokens, as `PackedRows` gives them.
 
-    Attributes:
-        half_life_ratio: lambda of Eq. 2; smaller masks later positions more. Unused by `uniform`.
-        noise_copies: independently masked copies of a row in one forward.
-        seed: keys the noise, together with epoch and row.
+    Losses of an optimizer step are divided by the number of its masked tokens in all processes
+    and accumulated batches, so that how rows are spread over these changes nothing.
     """
 
-    block_length: int
-    mask_token_id: int
-    noise: NoiseKind = "position"
-    half_life_ratio: float = 0.1
-    noise_copies: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("block_length", "noise_copies"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.half_life_ratio > 0:
-            raise ValueError(f"half_life_ratio must be above 0, got {self.half_life_ratio}")
-        if self.noise not in ("position", "uniform"):
-            raise ValueError(f"noise must be 'position' or 'uniform', got {self.noise!r}")
-
-    def corruptions(self, in_loss: Tensor, samples: list[int], epoch: int) -> list[Corruption]:
-        """One corruption per noise copy for rows with the given global indices."""
-        numbers = numbers_needed(self.noise, in_loss.shape[1], self.block_length)
-        result = []
-        for copy in range(self.noise_copies):
-            uniforms = draw(self.seed, epoch, samples, copy, numbers).to(in_loss.device)
-            noise = corrupt(self.noise, uniforms, in_loss, self.block_length, self.half_life_ratio)
-            result.append(noise)
-        return result
-
-
-class ConversionTrainer(Trainer):
-    """Trains a `BlockDiffusionLM` on `PackedRows`."""
-
+    model: BlockDiffusionLM
+    train_dataset: IterableDataset[dict[str, Tensor]]
     objective: Objective
+    # `compute_loss` divides by counts of the whole step already.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         model: BlockDiffusionLM,
         args: TrainingArguments,
-        rows: PackedRows,
+        rows: IterableDataset[dict[str, Tensor]],
         objective: Objective,
+        row_length: int,
     ) -> None:
-        # The noise is drawn from the row's index, so no column may be dropped as unknown.
-        args.remove_unused_columns = False
-        super().__init__(model=model, args=args, train_dataset=rows)
         self.objective = objective
+        self.row_length = row_length
+        self.rows_per_step = (
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        # The collator reads every column.
+        args.remove_unused_columns = False
+        collator = JointCollator(objective, args.max_steps, self.rows_per_step)
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator)
+        self._bands = LossBands(self.args.device)
+        self._rows_since_log = 0
+        self._time_of_log: float | None = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The batches of one optimizer step, and how many losses they ask for.
+
+        Returns:
+            The batches of this process, and the numbers [2] of masked tokens and of next tokens of
+            all processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.stack([_asked(batch) for batch in batches]).sum(dim=0)
+        return batches, self.accelerator.reduce(counts.to(device), "sum")
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """Loss of one batch.
+        """This process's share of the step's loss, times the processes that gradients average.
+
+        Args:
+            num_items_in_batch: the counts from `get_batch_samples`.
 
         Raises:
-            TrainingDivergedError: the loss is NaN or infinite; no weight has been touched by it.
+            TrainingDivergedError: the loss is NaN or infinite, in any process; no weight has been
+                touched by it.
         """
-        objective = self.objective
-        epoch = int(self.state.epoch or 0)
-        corruptions = objective.corruptions(inputs["in_loss"], inputs["sample"].tolist(), epoch)
-        sequence = join(inputs, corruptions, objective.mask_token_id, objective.block_length)
-        loss: Tensor = model(sequence)
-        if not torch.isfinite(loss):
+        losses: TokenLosses = model(inputs)
+        loss = self._share(losses, inputs, num_items_in_batch)
+        self._check_finite(loss)
+        self._observe(losses, inputs)
+        loss = loss * self.accelerator.num_processes
+        return (loss, losses) if return_outputs else loss
+
+    def _share(self, losses: TokenLosses, inputs: dict[str, Tensor], counts: Tensor) -> Tensor:
+        p_mask = inputs["p_mask"][inputs["labels"] != IGNORED]
+        loss = masked_loss(losses.masked, p_mask, counts[0])
+        if self.objective.ar_loss_weight:
+            mean = losses.next.sum() / counts[1].clamp(min=1)
+            loss = loss + self.objective.ar_loss_weight * mean
+        return loss
+
+    def _check_finite(self, loss: Tensor) -> None:
+        """Stop all processes at the same step: one alone would leave the others waiting."""
+        total = self.accelerator.reduce(loss.detach(), "sum")
+        if not torch.isfinite(total):
             raise TrainingDivergedError(
-                f"the loss became {loss.item()} at step {self.state.global_step}; "
+                f"the loss became {total.item()} at step {self.state.global_step}; "
                 f"the last good checkpoint is kept in {self.args.output_dir}"
             )
-        return (loss, None) if return_outputs else loss
+
+    def _observe(self, losses: TokenLosses, inputs: dict[str, Tensor]) -> None:
+        masked = inputs["labels"] != IGNORED
+        step, steps = self.state.global_step, self.args.max_steps
+        block_length = self.objective.block_length_at(step, steps)
+        position = inputs["position_ids"][masked] % block_length
+        self._bands.update(losses.masked, inputs["p_mask"][masked], position, block_length)
+        self._rows_since_log += len(masked)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, beside what Trainer does, the loss by bands and data tokens per second."""
+        if "loss" in logs and start_time is not None:
+            logs |= self._bands.read(lambda totals: self.accelerator.reduce(totals, "sum"))
+            logs["tokens_per_second"] = self._data_tokens_per_second(start_time)
+        super().log(logs, start_time)
+
+    def _data_tokens_per_second(self, start_time: float) -> float:
+        """Tokens of rows, of all processes, since the last log; a joint sequence has about two
+        for each."""
+        now, since = time.time(), self._time_of_log or start_time
+        rows = self._rows_since_log * self.args.world_size
+        self._rows_since_log, self._time_of_log = 0, now
+        return round(rows * self.row_length / (now - since), 1)
 
 
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest Trainer checkpoint in a directory, or None where there is none."""
-    found: str | None = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    return found
-
-
-def steps_done(checkpoint: str) -> int:
-    """The optimizer steps behind a Trainer checkpoint."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
+def _asked(batch: dict[str, Tensor]) -> Tensor:
+    """Numbers [2] of masked tokens and of next tokens that a batch asks for."""
+    masked = (batch["labels"] != IGNORED).sum()
+    if "next_labels" not in batch:
+        return torch.stack([masked, torch.zeros_like(masked)])
+    return torch.stack([masked, (batch["next_labels"] != IGNORED).sum()])
