@@ -70,6 +70,17 @@ def test_tiles_under_gradient_checkpointing(reentrant: bool) -> None:
     torch.testing.assert_close(with_gradients(model, grid), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_under_autocast() -> None:
+    model, grid = tiny_model(), joint_grid(ROWS, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = dense(model, grid)
+        model.set_attn_implementation(sdpa.NAME)
+        tiled = with_gradients(model, grid)
+    # bf16 keeps eight bits, and sums are taken in another order.
+    torch.testing.assert_close(tiled, expected, rtol=0, atol=0.03)
+
+
 def test_short_sequences_share_one_mask_among_layers() -> None:
     grid = joint_grid(ROWS, 4)
     inputs = attention_inputs(sdpa.NAME, grid)
