@@ -21,17 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from vllm_edlm.train.layouts import Layout, check_layout, layout_name, listed
 from vllm_edlm.train.model_card import model_card
-from vllm_edlm.train.served_config import (
-    ARCHITECTURES,
-    checkpoint_config,
-    eos_token_ids,
-    generation_settings,
-)
+from vllm_edlm.train.served_config import checkpoint_config, eos_token_ids, generation_settings
 
 if TYPE_CHECKING:
     from vllm_edlm.train.objective import Objective
 
-SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)
 _MASK_TOKEN = "<|mask|>"
 # Inside the export's folder, so that moving is a rename even where that is a mount point.
 _ASIDE = ".export"
