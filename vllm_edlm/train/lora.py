@@ -33,7 +33,8 @@ def add_lora(causal_lm: Any, rank: int, alpha: float) -> None:
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"LoRA alpha must be a finite number above 0, got {alpha}")
     # "all-linear" leaves out the output embeddings, that is the head.
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    scale: Any = alpha  # peft says int, and only divides it by the rank
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules="all-linear")
     inject_adapter_in_model(config, causal_lm)
     for name, parameter in causal_lm.named_parameters():
         parameter.requires_grad = ".base_layer." not in name
