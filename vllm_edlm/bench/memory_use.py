@@ -1,13 +1,18 @@
 """Memory of an engine in this process, over what it holds when idle."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_edlm.bench.load import Load, Round
-from vllm_edlm.bench.vllm_server import VllmServer
+
+if TYPE_CHECKING:
+    from vllm_edlm.bench.vllm_server import VllmServer
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -36,7 +41,7 @@ def idle_bytes(server: VllmServer) -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     _touch_kv(server)
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def peak(server: VllmServer, load: Load) -> Peak:
@@ -47,7 +52,7 @@ def peak(server: VllmServer, load: Load) -> Peak:
         return Peak(torch.cuda.max_memory_allocated(), round_)
     _CLEAR_REFS.write_text(_RESET_PEAK)
     round_ = server.measure(load)
-    return Peak(_resident("VmHWM"), round_)
+    return Peak(resident("VmHWM"), round_)
 
 
 def _touch_kv(server: VllmServer) -> None:
@@ -57,8 +62,8 @@ def _touch_kv(server: VllmServer) -> None:
         cache.zero_()
 
 
-def _resident(field: str) -> int:
-    """A field of this process' status, which is given in KiB, in bytes."""
+def resident(field: str) -> int:
+    """Resident memory of this process in bytes: `VmRSS` now, `VmHWM` at its peak (proc(5))."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     assert match is not None, field
     return int(match[1]) * 2**10

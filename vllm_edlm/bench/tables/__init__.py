@@ -14,6 +14,7 @@ TABLES = {
     "step_time": "step_time:step_time",
     "memory": "memory:memory",
     "context": "context:context",
+    "training": "training:training",
 }
 
 
