@@ -101,12 +101,15 @@ def test_a_parent_without_a_readable_licence_costs_nothing(
     assert "license" not in data.to_dict()
 
 
-def test_a_local_parent_is_shown_without_its_path(tmp_path: Path) -> None:
-    (tmp_path / "secret/parent").mkdir(parents=True)
-    card = model_card("my-dlm", OBJECTIVE, {"parent": str(tmp_path / "secret/parent")})
-    card = parsed(card, tmp_path)
+def test_files_and_folders_are_shown_without_their_paths(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    (secret / "parent").mkdir(parents=True)
+    (secret / "train.jsonl").touch()
+    facts = {"parent": str(secret / "parent"), "data": str(secret / "train.jsonl")}
+    card = parsed(model_card("my-dlm", OBJECTIVE, facts), tmp_path)
     assert "base_model" not in card.data.to_dict()
-    assert rows(card)["parent"] == "parent"
+    assert (rows(card)["parent"], rows(card)["data"]) == ("parent", "train.jsonl")
+    assert "Converted from parent with" in card.text
     assert "secret" not in str(card)
 
 

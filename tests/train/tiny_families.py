@@ -21,6 +21,8 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": 1,  # Llama's default is the mask token of the tests
 }
 # Positions of the tests go beyond the 16 that the model is said to have been trained on.
 LLAMA_3_ROPE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -57,11 +58,9 @@ def model_card(name: str, objective: Objective, facts: Mapping[str, Any]) -> Mod
     """
     parent: str | None = facts.get("parent")
     folder = Path(parent) if parent is not None and Path(parent).is_dir() else None
-    # A folder of somebody's machine is no base model that anyone could look up.
-    shown, base_model = (folder.resolve().name, None) if folder else (parent, parent)
-    shown = shown or "an AR model"
     data = ModelCardData(
-        base_model=base_model,
+        # A folder of somebody's machine is no base model that anyone could look up.
+        base_model=None if folder else parent,
         library_name="vllm",
         pipeline_tag="text-generation",
         tags=["vllm", "block-diffusion", "diffusion-language-model"],
@@ -70,10 +69,8 @@ def model_card(name: str, objective: Objective, facts: Mapping[str, Any]) -> Mod
     text = _TEXT.format(
         name=name,
         block_length=objective.block_length,
-        parent=shown,
-        facts=_table(
-            {**facts, "parent": shown, **_objective_facts(objective), "versions": _versions()}
-        ),
+        parent="an AR model" if parent is None else _cell(parent),
+        facts=_table({**facts, **_objective_facts(objective), "versions": _versions()}),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
@@ -120,7 +117,7 @@ def _licence(card: Path | str | None) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value as text that fits into a cell of a Markdown table."""
+    """A value as text that fits into a cell of a Markdown table; of a path its last part."""
     if isinstance(value, Mapping):
         return ", ".join(f"{_cell(key)} {_cell(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
@@ -129,4 +126,6 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, str) and os.path.exists(value):
+        value = Path(value).resolve().name
     return str(value).replace("|", "\\|").replace("\n", " ")
