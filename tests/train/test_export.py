@@ -123,31 +123,20 @@ def test_only_one_shard_at_a_time_is_converted(
     assert {dtype for shard in written for dtype in shard.values()} == {torch.bfloat16}
 
 
-def test_a_gathered_state_dict_is_written_instead_of_the_modules(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    trained = tiny_model("qwen2", len(tokenizer))
-    gathered = {name: tensor + 1 for name, tensor in trained.state_dict().items()}
-    export(tmp_path, trained, tokenizer, OBJECTIVE, "plain", torch.float32, state_dict=gathered)
-    for name, tensor in written_weights(tmp_path).items():
-        assert torch.equal(tensor, gathered[name]), name
-
-
 def test_weights_that_are_not_the_models_are_named(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    trained = tiny_model("qwen3", len(tokenizer))
-    whole = trained.state_dict()
-    lacking = {name: tensor for name, tensor in whole.items() if name != "model.norm.weight"}
-    wrapped = {f"causal_lm.{name}": tensor for name, tensor in whole.items()}
-    sharded = whole | {"lm_head.weight": whole["lm_head.weight"][::2]}
+    lacking, wrapped, sharded = (tiny_model("qwen3", len(tokenizer)) for _ in range(3))
+    del lacking.model.norm
+    wrapped.adapter = torch.nn.Linear(2, 2)
+    sharded.lm_head.weight = torch.nn.Parameter(sharded.lm_head.weight[::2])
     for wrong, name in (
         (lacking, "model.norm.weight"),
-        (wrapped, "causal_lm.lm_head.weight"),
+        (wrapped, "adapter.weight"),
         (sharded, "lm_head.weight"),
     ):
         with pytest.raises(ValueError, match=f"cannot export.*{name}"):
-            export(tmp_path, trained, tokenizer, OBJECTIVE, state_dict=wrong)
+            export(tmp_path, wrong, tokenizer, OBJECTIVE)
     assert not list(tmp_path.iterdir())
 
 

@@ -75,8 +75,6 @@ def export(
     layout: Layout = "efficient_dlm",
     dtype: torch.dtype = torch.bfloat16,
     facts: Mapping[str, Any] | None = None,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write config, weights, tokenizer, generation config and model card into `directory`.
@@ -85,8 +83,6 @@ def export(
 
     Args:
         facts: what the model card says of the training, see `model_card`.
-        state_dict: the weights under the causal LM's own names, where its modules hold only
-            shards of them (FSDP); default: the modules' weights.
         max_shard_size: bytes, or text such as "5GB", of a weight file; a larger tensor has a file
             of its own.
 
@@ -97,7 +93,7 @@ def export(
     """
     check_layout(layout)
     config = checkpoint_config(causal_lm.config, objective, dtype)
-    weights = _weights(causal_lm, layout, state_dict)
+    weights = _weights(causal_lm, layout)
     shards = _plan_shards(weights, dtype, max_shard_size)
     card = model_card(directory.resolve().name, objective, facts or {})
     with _all_or_nothing(directory) as aside:
@@ -108,11 +104,9 @@ def export(
         _write_json(aside / "config.json", config)
 
 
-def _weights(
-    causal_lm: Any, layout: Layout, state_dict: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _weights(causal_lm: Any, layout: Layout) -> dict[str, Tensor]:
     """The weights as they are, under the layout's names."""
-    weights = dict(causal_lm.state_dict() if state_dict is None else state_dict)
+    weights = dict(causal_lm.state_dict())
     expected = _stock_shapes(causal_lm.config)
     if causal_lm.config.tie_word_embeddings:
         for shapes in (weights, expected):
