@@ -78,11 +78,25 @@ def test_direction(steps: list[int], tau: float | None) -> None:
 
 
 def test_figures_of_positions() -> None:
-    blocks = [BlockOrder(0, 0, 2, [1, 1, 2, 2]), BlockOrder(4, 2, 4, [4, 1])]
+    blocks = [
+        BlockOrder(0, 0, 3, [1, 1, 2, 3]),
+        BlockOrder(4, 2, 5, [5, 2]),
+        BlockOrder(8, 1, 1, [1, 1, 1]),
+    ]
     rows = position_rows(CELL, blocks)
     figures = [
         (row["position"], row["blocks"], row["share of steps"], row["in the first step"])
         for row in rows
     ]
-    assert figures == [(0, 1, 0.5, 1.0), (1, 1, 0.5, 1.0), (2, 2, 1.0, 0.0), (3, 2, 0.625, 0.5)]
+    assert figures == [
+        (0, 1, 0.0, 1.0),
+        (1, 2, 0.0, 1.0),
+        (2, 3, 0.75, pytest.approx(1 / 3)),
+        (3, 3, 0.625, pytest.approx(1 / 3)),
+    ]
     assert rows[0]["threshold"] == 0.9
+
+
+def test_blocks_of_one_step_have_no_order() -> None:
+    (row,) = position_rows(CELL, [BlockOrder(0, 3, 1, [1])])
+    assert (row["position"], row["share of steps"], row["in the first step"]) == (3, None, 1.0)

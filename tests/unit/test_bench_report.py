@@ -2,10 +2,12 @@
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vllm_edlm.bench import machine
 from vllm_edlm.bench.machine import Rates, facts, measure_rates
@@ -54,6 +56,18 @@ def test_the_plot_is_an_image(tmp_path: Path, panels: tuple[str, ...]) -> None:
     paths = write(table(plot=plot), {}, tmp_path / "new")
     assert [path.name for path in paths] == ["speed.json", "speed.md", "speed.png"]
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_where_the_vertical_axis_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_zero: bool
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    write(table(plot=replace(PLOT, from_zero=from_zero)), {}, tmp_path)
+    (axes,) = figures[0].axes
+    # The least figure of the table is 12.3.
+    assert (axes.get_ylim()[0] == 0) == from_zero
 
 
 def test_without_a_plot_there_is_no_image(tmp_path: Path) -> None:

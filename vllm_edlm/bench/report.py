@@ -28,6 +28,7 @@ class Plot:
         series: columns whose values together name a line.
         panels: columns whose values together name a panel.
         log_x: horizontal axis in powers of two.
+        from_zero: the vertical axis begins at zero.
     """
 
     x: str
@@ -35,6 +36,7 @@ class Plot:
     series: tuple[str, ...]
     panels: tuple[str, ...] = ()
     log_x: bool = False
+    from_zero: bool = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -170,7 +172,8 @@ def _draw_panel(axes: Any, name: str, rows: list[Row], plot: Plot) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(y=0.1)
     axes.autoscale_view()
-    axes.set_ylim(bottom=0)
+    if plot.from_zero:
+        axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize="small")
 

@@ -160,5 +160,6 @@ def _table(rows: list[Row], notes: list[str]) -> Table:
             y="accuracy",
             series=("model", "reveal", "block length", "max steps"),
             panels=("task", "metric"),
+            from_zero=False,
         ),
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+# Its process is killed then.
+STOP_SECONDS = 60.0
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -62,7 +64,7 @@ def serving(model: str, **engine_args: Any) -> Iterator[LLM]:
 
 def stop(llm: LLM) -> None:
     """Give back what an engine holds, so that another one can start."""
-    llm.llm_engine.engine_core.shutdown()
+    llm.llm_engine.engine_core.shutdown(STOP_SECONDS)
 
 
 @contextmanager

@@ -157,12 +157,13 @@ def position_rows(cell: Cell, blocks: Sequence[BlockOrder]) -> list[Row]:
             if 0 <= position - block.known < len(block.revealed)
         ]
         if steps:
+            shares = [(step - 1) / (last - 1) for step, last in steps if last > 1]
             rows.append(
                 {
                     **cell.columns,
                     "position": position,
                     "blocks": len(steps),
-                    "share of steps": fmean(step / of for step, of in steps),
+                    "share of steps": fmean(shares) if shares else None,
                     "in the first step": fmean(step == 1 for step, _ in steps),
                 }
             )
@@ -187,8 +188,10 @@ def _table(rows: list[Row], notes: list[str]) -> Table:
         title="Order of reveals in a block, as served",
         rows=rows,
         notes=[
-            "Share of steps: the step that reveals a position over all steps of its block, mean "
-            "over blocks. In the first step: share of the blocks whose first step reveals it.",
+            "Share of steps: of the steps after a block's first one, how many it takes until the "
+            "position is revealed: 0 in the first step, 1 in the last one; mean over the blocks of "
+            "more than one step.",
+            "In the first step: share of all blocks whose first step reveals the position.",
             "Positions that a prompt's end fills are left out, and blocks that a stop cut short.",
             *notes,
         ],
