@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +252,7 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(
         (["--pattern", "block_noisy", "--ar-loss-weight", "1"], "ar_loss_weight must be 0 with"),
         (["--schedule", "wsd", "--decay-ratio", "1"], "must not be more than the 8 steps"),
         (["--lora-rank", "1000"], "LoRA rank must be 1 to 32"),
-        (["--fsdp"], "fsdp"),
+        (["--fsdp"], "fsdp needs several processes with a GPU each, got 1 and"),
     ],
 )
 def test_bad_options_are_named(
@@ -285,3 +287,15 @@ def test_growth_must_be_numbers(ar_directory: Path, problem_file: Path, tmp_path
     result = run_convert(ar_directory, problem_file, tmp_path, "--growth", "4,x")
     assert result.exit_code == 2
     assert "must be block lengths such as 4,8,16" in result.output
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from vllm_edlm.cli import app;"
+        "result = CliRunner().invoke(app, ['convert', '--help']); print(result.output);"
+        "sys.exit(result.exit_code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for panel in ("Data", "Objective", "Optimiser", "Machine", "Result"):
+        assert f"─ {panel} ─" in done.stdout

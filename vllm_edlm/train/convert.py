@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from vllm_edlm.train.attention import implementation
 from vllm_edlm.train.check import Check, check
@@ -70,6 +71,8 @@ def prepare(recipe: Recipe) -> tuple[ConversionTrainer, Any]:
     """Everything up to the first step: the trainer, which holds model and data; the tokenizer."""
     set_seed(recipe.seed)
     arguments = training_arguments(recipe)
+    if arguments.process_index > 0:
+        disable_progress_bar()  # one process shows what all of them do
     attention = implementation(recipe.attention, arguments.device)
     tokenizer = _load_tokenizer(recipe)
     rows = _rows(recipe, tokenizer)

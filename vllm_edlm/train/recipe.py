@@ -133,6 +133,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Raises:
         ValueError: options exclude each other, or do not fit the way the command was launched.
     """
+    _check_launch(recipe)
     arguments = TrainingArguments(
         output_dir=str(recipe.checkpoints),
         max_steps=recipe.steps,
@@ -156,14 +157,26 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         save_total_limit=2,
         report_to=_reports(recipe),
     )
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"{arguments.n_gpu} GPUs need a process each: torchrun --nproc-per-node "
-            f"{arguments.n_gpu} -m vllm_edlm.cli convert ...; or name one in CUDA_VISIBLE_DEVICES"
-        )
-    if recipe.fsdp:
-        _keep_fp32_sums(arguments, recipe)
+    if recipe.fsdp and recipe.bf16:
+        # Losses and the sums of gradients would else be rounded to bf16, which they are not by DDP.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
     return arguments
+
+
+def _check_launch(recipe: Recipe) -> None:
+    """Whether processes and devices are such as the recipe needs (else `ValueError`)."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1"))
+    if gpus > 1 and processes == 1:
+        raise ValueError(
+            f"{gpus} GPUs need a process each: torchrun --nproc-per-node {gpus} -m vllm_edlm.cli "
+            "convert ...; or name one in CUDA_VISIBLE_DEVICES"
+        )
+    if recipe.fsdp and (gpus == 0 or processes == 1):
+        raise ValueError(
+            f"fsdp needs several processes with a GPU each, got {processes} and {gpus} GPUs; "
+            "start them with torchrun or accelerate launch"
+        )
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:
@@ -196,12 +209,3 @@ def _reports(recipe: Recipe) -> list[str]:
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.output / "tensorboard")
     return ["tensorboard"]
-
-
-def _keep_fp32_sums(arguments: TrainingArguments, recipe: Recipe) -> None:
-    """FSDP would else round losses and the sums of gradients to bf16, which DDP does not."""
-    if not torch.cuda.is_available():
-        raise ValueError("fsdp needs GPUs; several CPU processes share a training without it")
-    if recipe.bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
