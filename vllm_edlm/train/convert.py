@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ def convert(recipe: Recipe, check_export: bool = False) -> Check | None:
     causal_lm = train(trainer, recipe)
     if causal_lm is None:
         return None
-    if recipe.lora_rank:
+    if recipe.lora_rank is not None:
         causal_lm = merge_lora(causal_lm)
     facts, dtype = recipe.facts(trainer.args.world_size), recipe.export_dtype
     export(recipe.output, causal_lm, tokenizer, trainer.objective, recipe.layout, dtype, facts)
     if not check_export:
         return None
-    rows = [row for row, _ in zip(trainer.train_dataset, range(_CHECKED_ROWS), strict=False)]
+    rows = list(islice(trainer.train_dataset, _CHECKED_ROWS))
     return check(recipe.output, causal_lm, trainer.objective, rows)
 
 

@@ -101,7 +101,7 @@ class Recipe:
             token_shift=self.token_shift,
             ar_loss_weight=self.ar_loss_weight,
             growth=self.growth,
-            distillation_weight=self.distillation_weight if self.teacher else 0.0,
+            distillation_weight=self.distillation_weight if self.teacher is not None else 0.0,
         )
 
     def facts(self, processes: int) -> dict[str, Any]:
@@ -120,9 +120,9 @@ class Recipe:
             "weight decay": self.weight_decay,
             "precision": "bf16 autocast, fp32 weights" if self.bf16 else "fp32",
         }
-        if self.lora_rank:
+        if self.lora_rank is not None:
             facts["LoRA"] = {"rank": self.lora_rank, "alpha": self.lora_alpha}
-        if self.teacher:
+        if self.teacher is not None:
             facts["teacher"] = self.teacher
         return facts
 
