@@ -40,7 +40,7 @@ tiny-math: setup
 
 # Measures both models as served by vLLM, into examples/checkpoints/tiny-math.
 tiny-math-figures: setup
-	$(BIN)/python -m examples.convert.evaluate
+	PYTHON=$(BIN)/python examples/convert/evaluate.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm import LLM, RequestOutput, SamplingParams
 
-from examples.convert.evaluate import denoise_forwards
+from vllm_edlm.evaluate.engine import denoise_forwards
 
 TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
 QUESTIONS = (

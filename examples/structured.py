@@ -12,8 +12,8 @@ from pathlib import Path
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from examples.convert.evaluate import denoise_forwards
 from examples.convert.word_problems import Problem, grade, problems
+from vllm_edlm.evaluate.engine import denoise_forwards
 
 TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
 MAX_TOKENS = 96

@@ -11,7 +11,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 from examples.convert.word_problems import grade, problems
 from examples.offline import TINY_MATH
 
-# The model itself is right in 99.5% of 1,000 (evaluation.md).
+# The model itself is right in 99.5% of 1,000 (its evaluation/accuracy.md).
 QUESTIONS = 50
 LEAST_RIGHT = 46
 

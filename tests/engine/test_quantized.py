@@ -24,7 +24,8 @@ from examples.offline import TINY_MATH
 from examples.quantize import INDEX, quantize_checkpoint
 
 MAX_MODEL_LEN = 250
-# The model itself is right in 99.5% of 1,000 (evaluation.md), and so in int8 in all of these 50.
+# The model itself is right in 99.5% of 1,000 (its evaluation/accuracy.md); in int8 it is in all of
+# these 50.
 QUESTIONS = 50
 LEAST_RIGHT = 46
 

@@ -40,10 +40,13 @@ def test_every_command_is_run_or_says_that_it_is_not() -> None:
 
 
 def test_figures_are_the_measured_ones() -> None:
-    measured = (ROOT / "examples/checkpoints/tiny-math/evaluation.md").read_text()
-    table = [line for line in measured.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 1 + 4, "a head, the AR model, four thresholds"
-    assert "\n".join(table) in README
+    path = ROOT / "examples/checkpoints/tiny-math/evaluation/accuracy.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 1 + 4, "the AR model, four thresholds"
+    for row in rows:
+        name = "AR | -" if row["model"] == "AR" else f"converted | {row['threshold']}"
+        figures = f"{row['accuracy']:.1%} | {row['tokens per forward']:.2f}"
+        assert f"| {name} | {figures} |" in README
 
 
 def test_demo() -> None:

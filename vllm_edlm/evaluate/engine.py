@@ -30,14 +30,13 @@ class Usage:
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput]) -> "Usage":
         """Sum over finished requests with one answer each."""
-        answers = [output.outputs[0] for output in outputs]
-        tokens = [len(answer.token_ids) for answer in answers]
-        metrics = [answer.spec_decode_metrics for answer in answers]
-        forwards = [
-            sum(found.histogram) if found is not None else count
-            for found, count in zip(metrics, tokens, strict=True)
+        tokens = [len(output.outputs[0].token_ids) for output in outputs]
+        forwards = [denoise_forwards(output) for output in outputs]
+        counts = [
+            count if count is not None else one_each
+            for count, one_each in zip(forwards, tokens, strict=True)
         ]
-        return cls(len(answers), sum(tokens), sum(forwards))
+        return cls(len(outputs), sum(tokens), sum(counts))
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -45,6 +44,12 @@ class Usage:
             self.tokens + other.tokens,
             self.forwards + other.forwards,
         )
+
+
+def denoise_forwards(output: RequestOutput) -> int | None:
+    """Forwards that denoised a finished request; None if it was not decoded by block diffusion."""
+    metrics = output.outputs[0].spec_decode_metrics
+    return None if metrics is None else sum(metrics.histogram)
 
 
 @contextmanager
