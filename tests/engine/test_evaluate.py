@@ -72,6 +72,15 @@ def served(checkpoint: CheckpointFactory) -> Iterator[Evaluated]:
     engine.stop(lm.model)
 
 
+@pytest.fixture
+def one_engine(served: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands find the engine that is there already."""
+    for name in ("vllm_edlm.evaluate.engine", "lm_eval.models.vllm_causallms"):
+        monkeypatch.setattr(f"{name}.LLM", lambda **arguments: served.lm.model)
+    for name in ("engine", "tasks"):
+        monkeypatch.setattr(f"vllm_edlm.evaluate.{name}.stop", lambda llm: None)
+
+
 def spelt(tokens: Sequence[int]) -> str:
     return "".join(VOCABULARY[token] for token in tokens)
 
@@ -230,11 +239,11 @@ def likelihoods(served: Evaluated, tokens: Sequence[int]) -> list[float]:
     return [served.chain(tokens, choice) for choice in spelt]
 
 
+@pytest.mark.usefixtures("one_engine")
 def test_harness_command(
     served: Evaluated, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Generation and multiple choice in one run of the harness' own command."""
-    monkeypatch.setattr("lm_eval.models.vllm_causallms.LLM", lambda **args: served.lm.model)
     monkeypatch.setattr(sys, "argv", sys.argv)
     words = ["run", "--model", "edlm", "--model_args", f"pretrained={served.path},threshold=0.5"]
     words += ["--tasks", "letters,choices", "--include_path", str(tasks), "--batch_size", "auto"]
@@ -279,13 +288,6 @@ def questions(tmp_path: Path, served: Evaluated) -> Path:
     return path
 
 
-@pytest.fixture
-def one_engine(served: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands find the engine that is there already."""
-    monkeypatch.setattr(engine, "LLM", lambda **arguments: served.lm.model)
-    monkeypatch.setattr(engine, "stop", lambda llm: None)
-
-
 @pytest.mark.usefixtures("one_engine")
 def test_accuracy_command(served: Evaluated, questions: Path, tmp_path: Path) -> None:
     words = ["eval", "accuracy", served.path, "--data", questions, "--no-chat", "--max-tokens", 24]
@@ -302,6 +304,19 @@ def test_accuracy_command(served: Evaluated, questions: Path, tmp_path: Path) ->
         assert row["tokens per forward"] == pytest.approx(spent.tokens / spent.forwards)
     assert content["rows"][0]["accuracy"] == 1.0
     assert (tmp_path / "results" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("one_engine")
+def test_accuracy_command_on_tasks(served: Evaluated, tasks: Path, tmp_path: Path) -> None:
+    words = ["eval", "accuracy", served.path, "--task", "letters", "--include-path", tasks]
+    words += ["--threshold", 0.5, "--limit", 2, "--max-tokens", 12, "--output", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    spent = usage([served.expected(tokens, CELLS[0], 12) for tokens in PROMPTS[:2]])
+    assert (row["task"], row["metric"]) == ("letters", "exact_match,none")
+    assert row["tokens per answer"] == spent.tokens / 2
+    assert row["tokens per forward"] == pytest.approx(spent.tokens / spent.forwards)
 
 
 @pytest.mark.usefixtures("one_engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -160,7 +161,9 @@ def _run(options: dict[str, Any], check: bool, is_dry: bool) -> None:
 
     try:
         if is_dry:
-            show(render(convert.dry_run(Recipe(**options))))
+            plan = convert.dry_run(Recipe(**options))
+            if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
+                show(render(plan))
         elif report := convert.convert(Recipe(**options), check_export=check):
             typer.echo(report)
     except (ValueError, TrainingDivergedError, CheckpointError, OSError) as error:
