@@ -2,18 +2,26 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from checkpoints import EOS_ID, MASK_ID, VOCABULARY, CheckpointFactory, CheckpointSpec
+from checkpoints import EOS_ID, CheckpointFactory, CheckpointSpec
+from evaluated import (
+    CELLS,
+    PROMPTS,
+    B,
+    Evaluated,
+    answer,
+    likelihoods,
+    spelt,
+    usage,
+    write_tasks,
+)
 from harness import MAX_MODEL_LEN, SMALL_ENGINE, Ask, Engine, Served, prompt, small_environment
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from oracle import Blocks, OracleResult
 from oracle_model import OracleModel
 from typer.testing import CliRunner
 
@@ -23,42 +31,6 @@ from vllm_edlm.evaluate.grid import Cell
 from vllm_edlm.evaluate.harness import BlockDiffusionHarness
 from vllm_edlm.evaluate.order import log_of
 from vllm_edlm.evaluate.tasks import TaskExam, TaskExaminee
-
-B = 8
-CELLS = [Cell("confidence", 0.5, B, B), Cell("steps", None, B, 2), Cell("prefix", 0.3, 4, 4)]
-CHOICES = ["ab", "ac", "b"]
-PROMPTS = [prompt(17, seed=900), prompt(24, seed=901), prompt(40, seed=902)]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The harness' model, and the oracle beside its engine."""
-
-    lm: BlockDiffusionHarness
-    engine: Engine
-    path: Path
-
-    def expected(self, tokens: Sequence[int], cell: Cell, max_tokens: int = 24) -> OracleResult:
-        ask = Ask(
-            tuple(tokens),
-            max_tokens,
-            cell.threshold,
-            cell.max_steps,
-            ignore_eos=False,
-            reveal=cell.reveal,
-            canvas_length=cell.block_length,
-        )
-        return self.engine.expected(ask)
-
-    def chain(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """One dense forward for each token, everything from it on masked."""
-        text, total = [*context, *continuation], 0.0
-        for position in range(len(context), len(text)):
-            end = -(-(position + 1) // B) * B
-            inputs = torch.tensor([*text[:position], *[MASK_ID] * (end - position)])
-            logits = self.engine.oracle.logits(inputs, Blocks(B, "block_causal", 0).mask(end))
-            total += logits[position].log_softmax(-1)[text[position]].item()
-        return total
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +51,6 @@ def one_engine(served: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{name}.LLM", lambda **arguments: served.lm.model)
     for name in ("engine", "tasks"):
         monkeypatch.setattr(f"vllm_edlm.evaluate.{name}.stop", lambda llm: None)
-
-
-def spelt(tokens: Sequence[int]) -> str:
-    return "".join(VOCABULARY[token] for token in tokens)
-
-
-def answer(result: OracleResult) -> str:
-    tokens = result.token_ids
-    return spelt(tokens[:-1] if tokens[-1] == EOS_ID else tokens)
 
 
 def test_generation_is_the_oracles(served: Evaluated) -> None:
@@ -160,41 +123,8 @@ def test_likelihood_by_the_bound(served: Evaluated, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, served: Evaluated) -> Path:
-    """A task that generates, graded by the answers of the first cell, and one with choices."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {
-            "prompt": spelt(tokens),
-            "answer": answer(served.expected(tokens, CELLS[0])),
-            "choices": CHOICES,
-        }
-        for tokens in PROMPTS
-    ]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "doc_to_text": "{{prompt}}",
-    }
-    letters = common | {
-        "task": "letters",
-        "output_type": "generate_until",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": [], "max_gen_toks": 24},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    choices = common | {
-        "task": "choices",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "choices",
-        "doc_to_target": 0,
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    for task in (letters, choices):
-        (folder / f"{task['task']}.yaml").write_text(json.dumps(task))
+    write_tasks(folder, served)
     return folder
 
 
@@ -212,14 +142,6 @@ def test_tasks_over_the_grid(
         assert result.usage == usage(expected)
 
 
-def usage(results: Sequence[OracleResult]) -> engine.Usage:
-    return engine.Usage(
-        len(results),
-        sum(len(result.token_ids) for result in results),
-        sum(sum(result.denoise_steps) for result in results),
-    )
-
-
 def test_multiple_choice(served: Evaluated, tasks: Path) -> None:
     report = simple_evaluate(
         model=served.lm,
@@ -231,12 +153,6 @@ def test_multiple_choice(served: Evaluated, tasks: Path) -> None:
     for tokens, sample in zip(PROMPTS, samples, strict=True):
         found = [value for (value, _) in sample["filtered_resps"]]
         assert found == pytest.approx(likelihoods(served, tokens), abs=1e-4)
-
-
-def likelihoods(served: Evaluated, tokens: Sequence[int]) -> list[float]:
-    """Of all choices."""
-    spelt = [[VOCABULARY.index(letter) for letter in choice] for choice in CHOICES]
-    return [served.chain(tokens, choice) for choice in spelt]
 
 
 @pytest.mark.usefixtures("one_engine")
