@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from vllm_edlm.train.joint import IGNORED, corruptions_of, join
+from vllm_edlm.train.joint import IGNORED, corrupted
 from vllm_edlm.train.layouts import load_causal_lm
 from vllm_edlm.train.loss import tokens_per_slice
 from vllm_edlm.train.model import BlockDiffusionLM
@@ -133,9 +133,7 @@ def _batch(
     rows: list[dict[str, Tensor]], objective: Objective, device: torch.device
 ) -> dict[str, Tensor]:
     """The rows as joint sequences, blocks of full length whatever the training began with."""
-    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    corruptions = corruptions_of(stacked, objective, objective.block_length)
-    batch = join(stacked, corruptions, objective, objective.block_length)
+    batch = corrupted(rows, objective, objective.block_length)
     if not (batch["labels"] != IGNORED).any():
         raise ValueError(f"no token of the {len(rows)} rows to check with is masked; give more")
     return {name: tensor.to(device) for name, tensor in batch.items()}

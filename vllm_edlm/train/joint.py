@@ -48,11 +48,18 @@ class JointCollator:
 
     def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Collate rows of one optimizer step."""
-        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        step = int(batch["sample"][0]) // self.rows_per_step
+        step = int(rows[0]["sample"]) // self.rows_per_step
         block_length = self.objective.block_length_at(step, self.steps)
-        corruptions = corruptions_of(batch, self.objective, block_length)
-        return join(batch, corruptions, self.objective, block_length)
+        return corrupted(rows, self.objective, block_length)
+
+
+def corrupted(
+    rows: list[dict[str, Tensor]], objective: Objective, block_length: int
+) -> dict[str, Tensor]:
+    """Joint sequences of rows from `PackedRows`, in blocks of the given length."""
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    corruptions = corruptions_of(batch, objective, block_length)
+    return join(batch, corruptions, objective, block_length)
 
 
 def corruptions_of(
