@@ -4,7 +4,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vllm_edlm.compat.checkpoint_configs import register_checkpoint_configs
 from vllm_edlm.family import FAMILIES, architecture_of, normalise
-from vllm_edlm.options import PROMPT_ATTENTIONS, Options, check_choice, check_count
+from vllm_edlm.options import PROMPT_ATTENTIONS, Options, check_choice, check_count, resolve_rule
 
 
 def checkpoint_options(
@@ -32,11 +32,12 @@ def checkpoint_options(
         "block length", config.block_size if block_length is None else block_length
     )
     attention = prompt_attention or config.prompt_attention
+    rule, threshold = resolve_rule("confidence", None)
     return Options(
         block_length=length,
         max_steps=length,
-        rule="confidence",
-        threshold=0.9,
+        rule=rule,
+        threshold=threshold,
         mask_token_id=config.mask_token_id,
         prompt_attention=check_choice("prompt_attention", attention, PROMPT_ATTENTIONS),
         token_shift=config.token_shift,
