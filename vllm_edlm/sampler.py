@@ -1,6 +1,6 @@
 """One denoise step for every open block of a batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,21 +17,10 @@ from vllm_edlm.logprobs import CanvasLogprobs
 from vllm_edlm.reveal import RULES, Measures, rank_positions, reveal, reveal_one
 from vllm_edlm.sampling import SamplingParameters
 from vllm_edlm.step import LogitsRows, Step
-from vllm_edlm.tiles import padded_height, tiles
+from vllm_edlm.tiles import Columns, joined, padded_height, tiles
 
 if TYPE_CHECKING:
     from vllm_edlm.model_state import BlockDiffusionModelState
-
-
-@dataclass(frozen=True)
-class RowChoice:
-    """What a tile's rows yield, all [R]; see `Choice`."""
-
-    token: Tensor
-    confidence: Tensor
-    margin: Tensor | None = None
-    entropy: Tensor | None = None
-    logprobs: LogprobsTensors | None = None
 
 
 @dataclass(frozen=True)
@@ -49,25 +38,30 @@ class Choice:
     logprobs: LogprobsTensors | None
 
     @staticmethod
-    def joined(parts: Sequence[RowChoice], cell_T: Tensor, canvas_NB: Tensor) -> "Choice":
-        """Put the tiles' rows into their cells [T] of the canvases."""
+    def placed(rows: Columns, cell_T: Tensor, canvas_NB: Tensor) -> "Choice":
+        """Put what the rows of logits yield into their cells [T] of the canvases.
 
-        def placed(values: Iterable[Tensor | None]) -> Tensor | None:
-            rows = [value for value in values if value is not None]
-            return canvases.place(cell_T, torch.cat(rows), canvas_NB) if rows else None
+        Args:
+            rows: `token`, `confidence` and, where measured, `margin` and `entropy`, all [T];
+                the parts of `LogprobsTensors` under their names, if wanted.
+        """
 
-        confidence = placed(part.confidence for part in parts)
-        token = placed(part.token for part in parts)
-        assert confidence is not None
-        assert token is not None
-        margin = placed(part.margin for part in parts)
-        entropy = placed(part.entropy for part in parts)
-        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-        return Choice(
-            token,
-            Measures(confidence, margin, entropy),
-            LogprobsTensors.cat(logprobs) if logprobs else None,
-        )
+        def placed(name: str) -> Tensor:
+            return canvases.place(cell_T, rows[name], canvas_NB)
+
+        def measured(name: str) -> Tensor | None:
+            return placed(name) if name in rows else None
+
+        measures = Measures(placed("confidence"), measured("margin"), measured("entropy"))
+        return Choice(placed("token"), measures, _logprobs_of(rows))
+
+
+def _logprobs_of(rows: Columns) -> LogprobsTensors | None:
+    if "logprobs" not in rows:
+        return None
+    return LogprobsTensors(
+        rows["logprob_token_ids"], rows["logprobs"], rows["selected_token_ranks"]
+    )
 
 
 class BlockDiffusionSampler:
@@ -172,13 +166,27 @@ class BlockDiffusionSampler:
     def _choose(self, canvas: Tensor, logits: Tensor, step: Step) -> Choice:
         """Choose a token for every masked position."""
         if self.parameters.are_plain(step.layout.slots) and not self._measures(step):
-            parts = [
-                RowChoice(*row_statistics(tile, self.mask_token_id))
-                for tile, _ in self._tiles(logits, step.rows)
-            ]
+            rows = self._in_tiles(logits, self._likeliest)
         else:
-            parts = self._choose_in_tiles(canvas, logits, step)
-        return Choice.joined(parts, step.rows.cell, canvas)
+            rows = self._choose_by_parameters(canvas, logits, step)
+        return Choice.placed(rows, step.rows.cell, canvas)
+
+    def _in_tiles(self, logits: Tensor, choose: Callable[[Tensor, slice], Columns]) -> Columns:
+        """What `choose` makes of every row's logits; those of one tile are gone before the next
+        tile's are computed."""
+        num_rows = len(logits)
+        parts = (
+            choose(self._logits(logits[rows]), rows)
+            for rows in tiles(num_rows, self.req_states.vocab_size)
+        )
+        return joined(parts, num_rows)
+
+    def _logits(self, tile: Tensor) -> Tensor:
+        """Logits [R, V] of a tile's rows, which are hidden states where the model defers them."""
+        return self._head(tile) if self.state.model.defers_logits else tile
+
+    def _likeliest(self, logits_RV: Tensor, _: slice) -> Columns:
+        return row_statistics(logits_RV, self.mask_token_id)._asdict()
 
     @staticmethod
     def _measures(step: Step) -> set[str]:
@@ -186,27 +194,24 @@ class BlockDiffusionSampler:
         rules = list(RULES.values())
         return {needs for i in step.rules_in_use if (needs := rules[i].needs) is not None}
 
-    def _choose_in_tiles(self, canvas: Tensor, logits: Tensor, step: Step) -> list[RowChoice]:
+    def _choose_by_parameters(self, canvas: Tensor, logits: Tensor, step: Step) -> Columns:
         """Choose where a request's parameters change its logits, or more than the token counts."""
         slots = step.layout.slots
         self.parameters.count_known(step)
         self.parameters.count_revealed(step, 1)
         banned = self.parameters.banned(step, canvas)
-        parts = []
-        for raw, rows in self._tiles(logits, step.rows):
+
+        def choose(raw: Tensor, rows_R: slice) -> Columns:
+            rows = step.rows.tile(rows_R)
             tile = raw.to(torch.float32, copy=True)
             self.parameters.process_(tile, rows, slots)
             if banned is not None:
                 banned.apply_(tile, rows.cell)
-            parts.append(self._choose_in_tile(raw, tile, rows, step))
-        self.parameters.count_revealed(step, -1)
-        return parts
+            return self._choose_in_tile(raw, tile, rows, step)
 
-    def _tiles(self, logits: Tensor, rows: LogitsRows) -> Iterator[tuple[Tensor, LogitsRows]]:
-        """Logits [R, V] tile by tile, those of a tile computed when it comes if deferred."""
-        for rows_R in tiles(logits.shape[0], self.req_states.vocab_size):
-            tile = logits[rows_R]
-            yield self._head(tile) if self.state.model.defers_logits else tile, rows.tile(rows_R)
+        chosen = self._in_tiles(logits, choose)
+        self.parameters.count_revealed(step, -1)
+        return chosen
 
     def _head(self, hidden_RD: Tensor) -> Tensor:
         """Logits [R, V] of hidden states, computed at one of few heights."""
@@ -214,16 +219,22 @@ class BlockDiffusionSampler:
         missing = padded_height(num_rows) - num_rows
         return self.state.model.head(pad(hidden_RD, (0, 0, 0, missing)))[:num_rows]
 
-    def _choose_in_tile(self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step) -> RowChoice:
+    def _choose_in_tile(self, raw: Tensor, tile: Tensor, rows: LogitsRows, step: Step) -> Columns:
         token, drawn = self.parameters.draw(tile, rows, step.layout.slots)
+        columns = {"token": token, "confidence": probability(tile, token)}
         needs = self._measures(step)
-        return RowChoice(
-            token,
-            probability(tile, token),
-            canvases.margin(tile, token, self.mask_token_id) if "margin" in needs else None,
-            canvases.entropy(tile) if "entropy" in needs else None,
-            self.parameters.logprobs(raw, drawn, token, rows, step.layout.slots),
-        )
+        if "margin" in needs:
+            columns["margin"] = canvases.margin(tile, token, self.mask_token_id)
+        if "entropy" in needs:
+            columns["entropy"] = canvases.entropy(tile)
+        logprobs = self.parameters.logprobs(raw, drawn, token, rows, step.layout.slots)
+        if logprobs is not None:
+            columns |= {
+                "logprob_token_ids": logprobs.logprob_token_ids,
+                "logprobs": logprobs.logprobs,
+                "selected_token_ranks": logprobs.selected_token_ranks,
+            }
+        return columns
 
     def _empty_output(self, input_batch: InputBatch) -> SamplerOutput:
         """Output of a dummy batch: nothing is sampled."""

@@ -1,10 +1,14 @@
 """Tiles of logits: all rows once, bounded, of few heights."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_edlm.tiles import TILE_BYTES, padded_height, tiles
+from vllm_edlm.tiles import TILE_BYTES, joined, padded_height, tiles
 
 
 def test_heights() -> None:
@@ -31,3 +35,27 @@ def test_all_rows_once_and_bounded(num_rows: int, vocab_size: int) -> None:
     for tile in slices:
         height = padded_height(tile.stop - tile.start)
         assert height == 1 or 4 * vocab_size * height <= TILE_BYTES
+
+
+def test_what_tiles_yield_is_joined_row_by_row() -> None:
+    rows = {"token": torch.arange(7), "logprobs": torch.rand(7, 3)}
+    slices = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    whole = joined(({name: rows[name][part] for name in rows} for part in slices), 7)
+    assert whole.keys() == rows.keys()
+    assert all(torch.equal(whole[name], rows[name]) for name in rows)
+
+
+def test_no_tile_outlives_its_values() -> None:
+    """Else the tensors of all tiles would be held at once."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def parts() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(5):
+            # The part before this one may still be looked at, none before that.
+            assert sum(part() is not None for part in alive) <= 1
+            values = torch.full((1,), start)
+            alive.append(weakref.ref(values))
+            yield {"token": values}
+            del values
+
+    assert joined(parts(), 5)["token"].tolist() == list(range(5))
