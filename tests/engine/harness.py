@@ -145,6 +145,7 @@ class Engine:
     llm: LLM
     oracle: OracleModel
     steps: list[Step] = field(default_factory=list)
+    died_of: Exception | None = None
 
     @classmethod
     def start(cls, path: Path, served: Served, **options: Any) -> "Engine":
@@ -152,6 +153,7 @@ class Engine:
             llm = LLM(model=str(path), **(SMALL_ENGINE | options))
         engine = cls(served, llm, OracleModel.load(path))
         engine._record_steps()
+        engine._fail_once_dead()
         return engine
 
     def _record_steps(self) -> None:
@@ -170,6 +172,20 @@ class Engine:
             return execute(scheduled, *args, **kwargs)
 
         executor.execute_model = recorded
+
+    def _fail_once_dead(self) -> None:
+        """A step after one that raised fails: requests of a dead engine would never finish."""
+        step = self.llm.llm_engine.step
+
+        def checked() -> list[RequestOutput]:
+            assert self.died_of is None, f"the engine died in an earlier step: {self.died_of!r}"
+            try:
+                return step()
+            except Exception as error:
+                self.died_of = error
+                raise
+
+        self.llm.llm_engine.step = checked
 
     @property
     def core(self) -> Any:
@@ -210,10 +226,12 @@ class Engine:
             step += 1
         return [latest.get(f"{i}") for i in range(len(visits))]
 
-    def expected(self, ask: Ask, blocks: Blocks | None = None) -> OracleResult:
+    def expected(
+        self, ask: Ask, blocks: Blocks | None = None, model: OracleModel | None = None
+    ) -> OracleResult:
         """What the oracle answers to `ask`, in blocks of one length or in those given."""
         return generate(
-            self.oracle,
+            model or self.oracle,
             ask.prompt,
             block_length=ask.canvas_length or self.served.block_length,
             mask_token_id=MASK_ID,
@@ -255,6 +273,7 @@ class Engine:
             expected = logprobs(scores, token, top)
             possible = [i for i, entry in expected.items() if entry.logprob > -math.inf]
             assert len(entries) == len(expected)
+            assert set(possible) <= set(entries)
             assert [entries[i].rank for i in possible] == [expected[i].rank for i in possible]
             values = [expected[i].logprob for i in possible]
             assert [entries[i].logprob for i in possible] == pytest.approx(values, abs=1e-4)

@@ -1,11 +1,17 @@
 """Any mix of requests, arrivals, aborts and preemptions: each answer is the oracle's."""
 
+from functools import partial
+
 import pytest
 from harness import Ask, Engine, Visit, prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import OracleResult
+from oracle_model import OracleModel
 from oracle_reveal import RULES
+from oracle_rounding import RoundedModel, assert_possible
 from oracle_sampling import Sampling
+from vllm import CompletionOutput
 
 # Left to chance are the requests, not the examples: a failure must come back.
 BOUNDED = settings(
@@ -71,17 +77,31 @@ def visits(draw: st.DrawFn) -> Visit:
     return Visit(draw(asks()), arrival, abort)
 
 
+def assert_exact(
+    engine: Engine, visit: Visit, got: CompletionOutput | None, expected: OracleResult
+) -> None:
+    """What was not cut off is the oracle's answer; what was cut off is its beginning."""
+    if got is not None and got.finish_reason is not None:
+        engine.assert_answer(visit.ask, got, expected)
+    else:
+        assert visit.abort is not None, "a request that nobody aborted did not finish"
+        begun = list(got.token_ids) if got is not None else []
+        assert begun == expected.token_ids[: len(begun)]
+        assert len(begun) < len(expected.token_ids)
+
+
 def assert_all_exact(engine: Engine, mix: list[Visit]) -> None:
-    """An answer that was not cut off is the oracle's; what was cut off is its beginning."""
+    """Every answer is the oracle's; where rounding decides, one that it gives with other errors."""
     for visit, got in zip(mix, engine.serve_over_time(mix), strict=True):
-        expected = engine.expected(visit.ask)
-        if got is not None and got.finish_reason is not None:
-            engine.assert_answer(visit.ask, got, expected)
-        else:
-            assert visit.abort is not None, "a request that nobody aborted did not finish"
-            begun = list(got.token_ids) if got is not None else []
-            assert begun == expected.token_ids[: len(begun)]
-            assert len(begun) < len(expected.token_ids)
+        assert_possible(
+            partial(assert_exact, engine, visit, got),
+            partial(_expected, engine, visit.ask),
+            engine.oracle,
+        )
+
+
+def _expected(engine: Engine, ask: Ask, model: OracleModel | RoundedModel) -> OracleResult:
+    return engine.expected(ask, model=model)
 
 
 @BOUNDED
