@@ -2,6 +2,7 @@
 # Serve a block-diffusion checkpoint behind the OpenAI API. Further arguments go to vLLM.
 #   examples/serve.sh                                  the committed tiny-math model
 #   examples/serve.sh nvidia/Efficient-DLM-8B          a released model, on a GPU
+# With an API key (VLLM_API_KEY, or vLLM's --api-key) every route but /health asks for it.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 model="$here/checkpoints/tiny-math"
@@ -11,4 +12,6 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 fi
 vllm="$here/../.venv/bin/vllm"
 [ -x "$vllm" ] || vllm=vllm
-exec "$vllm" serve "$model" --served-model-name "$(basename "$model")" "$@"
+# exec: signals reach vLLM itself, which ends by SIGTERM.
+exec "$vllm" serve "$model" --served-model-name "$(basename "$model")" \
+    --middleware vllm_edlm.api_key.RequireApiKey "$@"
