@@ -61,5 +61,28 @@ def bench(
         typer.echo(path)
 
 
+@app.command()
+def capacity(
+    results: Annotated[Path, typer.Option(help="folder of the measured tables")] = Path(
+        "benchmarks/results"
+    ),
+    output: Annotated[Path, typer.Option(help="the page")] = Path("docs/capacity.md"),
+    fraction: Annotated[
+        float, typer.Option(help="of the roofline that planned figures assume")
+    ] = 0.5,
+) -> None:
+    """Write what a step costs, as measured, and what an 8B would serve on H100s, as computed."""
+    from vllm_edlm.bench.capacity_page import page
+
+    try:
+        text = page(results, fraction)
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    typer.echo(output)
+
+
 if __name__ == "__main__":
     app()

@@ -8,8 +8,8 @@ import pytest
 from vllm_edlm.bench.engine import Engine
 from vllm_edlm.bench.environment import Environment
 from vllm_edlm.bench.load import Load
-from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.memory_use import idle_bytes, peak
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.bench.settings import Settings
 from vllm_edlm.bench.step_profile import Part, profile
 from vllm_edlm.bench.tables.throughput import fixed_schedule

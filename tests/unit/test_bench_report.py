@@ -10,8 +10,9 @@ import torch
 from matplotlib.figure import Figure
 
 from vllm_edlm.bench import machine
-from vllm_edlm.bench.machine import Rates, facts, measure_rates
+from vllm_edlm.bench.machine import facts, measure_rates
 from vllm_edlm.bench.report import Plot, Row, Table, write
+from vllm_edlm.bench.roofline import Rates
 
 ROWS: list[Row] = [
     {"engine": "AR", "concurrency": 1, "tokens/s": 12.3456, "ratio": None},

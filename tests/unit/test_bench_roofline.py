@@ -2,8 +2,7 @@
 
 import pytest
 
-from vllm_edlm.bench.machine import Rates
-from vllm_edlm.bench.roofline import Work, forward_work, least_seconds
+from vllm_edlm.bench.roofline import Rates, Work, forward_work, least_seconds
 from vllm_edlm.bench.shapes import Shape
 
 # Queries 4 x 2 = 8 wide, keys and values 2 x 2 = 4 wide each.

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_edlm.bench.figures import by_cell, row
 from vllm_edlm.bench.load import Forward, Load, Round, Trace
-from vllm_edlm.bench.machine import Rates
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.bench.rounds import AR, PLUGIN, REFERENCE, Cell, alternate
 from vllm_edlm.bench.shapes import Shape
 from vllm_edlm.bench.tables import TABLES, maker

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_edlm.bench.environment import Environment, physical_cores
-from vllm_edlm.bench.machine import Rates
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.bench.settings import Settings
 from vllm_edlm.bench.shapes import TINY
 from vllm_edlm.bench.tables import training as table

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from vllm_edlm.bench.load import Round
-from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.report import Row
-from vllm_edlm.bench.roofline import forward_work, least_seconds
+from vllm_edlm.bench.roofline import Rates, forward_work, least_seconds
 from vllm_edlm.bench.rounds import AR, Sample
 from vllm_edlm.bench.shapes import Shape
 

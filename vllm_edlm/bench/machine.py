@@ -4,7 +4,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.compat.vllm_api import custom_ops
 
 PACKAGES = ("vllm-edlm", "vllm", "torch", "transformers")
@@ -72,28 +72,6 @@ def _hardware() -> dict[str, str | int | float]:
     if torch.cuda.is_available():
         hardware["GPU"] = torch.cuda.get_device_name()
     return hardware
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the machine can do at best.
-
-    Attributes:
-        bandwidth: memory bandwidth, bytes/s.
-        matmul: rate of matrix products, flop/s.
-        matmul_dtype: of their operands.
-    """
-
-    bandwidth: float
-    matmul: float
-    matmul_dtype: str
-
-    def facts(self) -> dict[str, str | int | float]:
-        """For the head of a table."""
-        return {
-            "measured memory bandwidth (GB/s)": self.bandwidth / 1e9,
-            f"measured matrix rate, {self.matmul_dtype} (GFLOP/s)": self.matmul / 1e9,
-        }
 
 
 def measure_rates(device: str, dtype: str) -> Rates:

@@ -123,12 +123,18 @@ def markdown(table: Table, facts: Facts) -> str:
     """The table with its facts before it, its notes and its plot after it."""
     lines = [f"# {table.title}", ""]
     lines += [f"- {key}: {_cell(value)}" for key, value in facts.items()]
-    lines += ["", _line(table.columns), _line(["---"] * len(table.columns))]
-    lines += [_line([_cell(value) for value in row.values()]) for row in table.rows]
-    lines += [""] + [f"- {note}" for note in table.notes]
+    lines += ["", *markdown_rows(table.rows), ""]
+    lines += [f"- {note}" for note in table.notes]
     if table.plot:
         lines += ["", f"![{table.title}]({table.name}.png)"]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_rows(rows: Sequence[Row]) -> list[str]:
+    """Lines of a Markdown table; all rows have the same keys, which head it."""
+    columns = list(rows[0])
+    lines = [_line(columns), _line(["---"] * len(columns))]
+    return lines + [_line([_cell(value) for value in row.values()]) for row in rows]
 
 
 def _line(cells: Sequence[str]) -> str:

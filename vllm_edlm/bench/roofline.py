@@ -10,8 +10,29 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do at best.
+
+    Attributes:
+        bandwidth: memory bandwidth, bytes/s.
+        matmul: rate of matrix products, flop/s.
+        matmul_dtype: of their operands.
+    """
+
+    bandwidth: float
+    matmul: float
+    matmul_dtype: str
+
+    def facts(self) -> dict[str, str | int | float]:
+        """For the head of a table."""
+        return {
+            "measured memory bandwidth (GB/s)": self.bandwidth / 1e9,
+            f"measured matrix rate, {self.matmul_dtype} (GFLOP/s)": self.matmul / 1e9,
+        }
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm_edlm.bench.engine import Engine
 from vllm_edlm.bench.environment import Environment
-from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.reference import Reference
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.bench.shapes import TINY, Shape, write_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -4,8 +4,8 @@ from statistics import median
 
 from vllm_edlm.bench.figures import by_cell, roofline_fraction
 from vllm_edlm.bench.load import Load, Round
-from vllm_edlm.bench.machine import Rates
 from vllm_edlm.bench.report import Plot, Row, Table
+from vllm_edlm.bench.roofline import Rates
 from vllm_edlm.bench.rounds import AR, PLUGIN, Cell, Sample, alternate, running, start_up
 from vllm_edlm.bench.settings import Settings
 from vllm_edlm.bench.shapes import Shape
