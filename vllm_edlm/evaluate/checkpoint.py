@@ -57,6 +57,6 @@ def check_autoregressive(model: str) -> None:
 def _config(model: str) -> PretrainedConfig:
     register_checkpoint_configs()
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {model}: {error}") from error

@@ -93,8 +93,8 @@ def _load_tokenizer(recipe: Recipe) -> Any:
     if recipe.output.resolve() == Path(recipe.model).resolve():
         raise ValueError(f"output {recipe.output} holds the model, which the export would replace")
     try:
-        check_convertible(AutoConfig.from_pretrained(recipe.model))
-        return AutoTokenizer.from_pretrained(recipe.model)
+        check_convertible(AutoConfig.from_pretrained(recipe.model, trust_remote_code=False))
+        return AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load the model {recipe.model}: {error}") from error
 

@@ -59,6 +59,8 @@ def load_causal_lm(model: str, dtype: torch.dtype, attention: str = "sdpa") -> A
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
+            # Unsaid, transformers asks on the terminal whether it may run a model's own code.
+            trust_remote_code=False,
             dtype=dtype,
             attn_implementation=attention,
             key_mapping={f"^{ours}": stock for ours, stock in _STOCK_PREFIXES.items()},

@@ -67,11 +67,11 @@ def load_teacher(
             token shift or with bidirectional prompts; the message names what.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
-        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load the teacher {name}: {error}") from error
-    if vocabulary != tokenizer.get_vocab():
+    if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"the teacher {name} has another vocabulary than the model")
     _read_family(config, name)
     _check(config, name, objective)
