@@ -125,18 +125,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @contextmanager
 def serve(path: Path, name: str, log: Path, *flags: str) -> Iterator[str]:
     """Run `vllm serve` until the block ends; yields its address."""
+    with server_process(path, name, log, *flags) as (_, address):
+        yield address
+
+
+@contextmanager
+def server_process(
+    path: Path, name: str, log: Path, *flags: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """As `serve`; yields the process too, which may end before the block does."""
     port = free_port()
     command = [str(BIN / "vllm"), "serve", str(path), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with (
         log.open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, env=environment()) as process,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment()) as server,
     ):
         try:
-            wait_until_healthy(process, address := f"http://127.0.0.1:{port}", log)
-            yield address
+            wait_until_healthy(server, address := f"http://127.0.0.1:{port}", log)
+            yield server, address
         finally:
-            process.terminate()
+            server.terminate()
 
 
 def environment() -> dict[str, str]:
