@@ -180,11 +180,6 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         if wanted:
             raise ValueError(f"{feature} is not supported yet for block-diffusion models")
     _refuse_async(options)
-    if options.token_shift and options.prompt_attention == "bidirectional":
-        raise ValueError(
-            "prompt_attention must be block_causal or causal for a model with token shift, "
-            "got 'bidirectional'"
-        )
     _check_token_budgets(vllm_config, options.block_length)
 
 

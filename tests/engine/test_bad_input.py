@@ -207,3 +207,18 @@ def test_bidirectional_prompt_longer_than_a_step(
     with pytest.raises(VLLMValidationError, match=r"65.*64.*block_causal"):
         engine.generate([Ask(prompt(65, seed=82))])
     engine.assert_exact([Ask(prompt(64, seed=82)), Ask(prompt(63, seed=83)), Ask(prompt(9))])
+
+
+def test_bidirectional_prompt_and_its_shifted_block_longer_than_a_step(
+    checkpoint: CheckpointFactory,
+) -> None:
+    """The prompt's end predicts the block's first position, so a step holds both."""
+    shifted = {"token_shift": True, "dlm_type": "dream"}
+    spec = CheckpointSpec(prompt_attention="bidirectional", seed=4, config_overrides=shifted)
+    served = Served(spec.block_length, "bidirectional", token_shift=True)
+    options = {"enforce_eager": True, "max_num_batched_tokens": 64, "max_model_len": 96}
+    engine = Engine.start(checkpoint(spec), served, **options)
+    fits = 64 - spec.block_length
+    with pytest.raises(VLLMValidationError, match=rf"{fits + 1}.*65 tokens.*64.*block_causal"):
+        engine.generate([Ask(prompt(fits + 1, seed=82))])
+    engine.assert_exact([Ask(prompt(fits, seed=82)), Ask(prompt(fits - 1, seed=83))])

@@ -22,6 +22,11 @@ class Release:
     config: dict[str, object] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        shift = ["token shift"] if self.served.token_shift else []
+        return "-".join([self.architecture, self.layout, self.served.prompt_attention, *shift])
+
     def start(self, checkpoint: CheckpointFactory) -> Engine:
         spec = CheckpointSpec(
             self.architecture, self.layout, prompt_attention=None, config_overrides=self.config
@@ -36,6 +41,12 @@ RELEASES = [
         "plain",
         Served(8, "block_causal", token_shift=True),
         BLOCK_CAUSAL | {"token_shift": True, "dlm_type": "dream"},
+    ),
+    Release(
+        "EfficientDLM",
+        "encoder",
+        Served(8, "bidirectional", token_shift=True),
+        {"prompt_attention": "bidirectional", "token_shift": True, "dlm_type": "dream"},
     ),
     Release("EfficientDLM", "encoder", Served(8, "causal"), {"prompt_attention": "causal"}),
     Release("DiffEncoderModel", "encoder", Served(8, "bidirectional")),
@@ -78,7 +89,7 @@ def asks(block_length: int) -> list[Ask]:
     ]
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda r: f"{r.architecture}-{r.layout}")
+@pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
 def test_tokens_are_the_oracles(checkpoint: CheckpointFactory, release: Release) -> None:
     requests = asks(release.served.block_length)
     results = release.start(checkpoint).assert_exact(requests)

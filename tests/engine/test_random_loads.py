@@ -10,12 +10,19 @@ from harness import KV_PAGE, Ask, Engine, Served, prompt
 PAGES = 10
 QWEN3, FAST_DLLM = "EfficientDLM", "Fast_dLLM_QwenForCausalLM"
 NEMOTRON = "NemotronLabsDiffusionModel"
+SHIFTED = {"hf_overrides": {"token_shift": True, "dlm_type": "dream"}}
 CASES = {
     "cached": (QWEN3, "block_causal", 8, {"max_num_batched_tokens": 64, "max_num_seqs": 4}),
     "whole page": (QWEN3, "block_causal", KV_PAGE, {"max_num_batched_tokens": 100}),
     "two slots": (QWEN3, "block_causal", 5, {"max_num_batched_tokens": 11, "max_num_seqs": 2}),
     "whole prompts": (QWEN3, "bidirectional", 4, {"max_num_batched_tokens": 70}),
     "token shift": (FAST_DLLM, "block_causal", 8, {"max_num_batched_tokens": 40}),
+    "shifted whole prompts": (
+        QWEN3,
+        "bidirectional",
+        4,
+        {"max_num_batched_tokens": 73, **SHIFTED},
+    ),
     "causal": (NEMOTRON, "causal", 8, {"max_num_batched_tokens": 40}),
 }
 
@@ -32,7 +39,8 @@ def engine(request: pytest.FixtureRequest, checkpoint: CheckpointFactory) -> Eng
         "diffusion_config": {"canvas_length": block_length},
         **options,
     }
-    served = Served(block_length, mode, token_shift=architecture == FAST_DLLM)
+    token_shift = architecture == FAST_DLLM or "token_shift" in options["hf_overrides"]
+    served = Served(block_length, mode, token_shift=token_shift)
     return Engine.start(checkpoint(spec), served, **options)
 
 

@@ -149,14 +149,20 @@ def _update_from_tokenizer(
 def _validate_prompt_len(
     original: Callable[..., None], processor: InputProcessor, prompt_len: int, prompt_type: str
 ) -> None:
-    """Refuse a bidirectional prompt that does not fit into one step."""
+    """Refuse a bidirectional prompt that does not fit into one step.
+
+    Under token shift its last position predicts the first one of the block behind it, so the
+    step has to hold that block as well.
+    """
     original(processor, prompt_len, prompt_type)
     model_config = processor.model_config
-    if (
-        not _is_ours(model_config)
-        or served_options(model_config.hf_config).prompt_attention != "bidirectional"
-    ):
+    if not _is_ours(model_config):
         return
+    options = served_options(model_config.hf_config)
+    if options.prompt_attention != "bidirectional":
+        return
+    first_block = options.block_length if options.token_shift else 0
+    needed = min(prompt_len + first_block, model_config.max_model_len)
     scheduler = processor.scheduler_config
     budgets = {
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
@@ -166,9 +172,10 @@ def _validate_prompt_len(
         ((name, tokens) for name, tokens in budgets.items() if tokens is not None),
         key=lambda item: item[1],
     )
-    if prompt_len > budget:
+    if needed > budget:
+        together = " together with its first block" if options.token_shift else ""
         raise VLLMValidationError(
-            f"The prompt (length {prompt_len}) is longer than {name}={budget}; with "
-            "prompt_attention 'bidirectional' a prompt must run in one step. Raise "
-            f"{name} or serve with prompt_attention 'block_causal'."
+            f"The prompt (length {prompt_len}) must run in one step{together}, {needed} tokens, "
+            f"with prompt_attention 'bidirectional', but {name}={budget}. Raise {name} or serve "
+            "with prompt_attention 'block_causal'."
         )
