@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_edlm.options import Options
 from vllm_edlm.train.attention import implementation
-from vllm_edlm.train.joint import IGNORED, join
+from vllm_edlm.train.joint import IGNORED, join, predictors
 from vllm_edlm.train.layouts import load_causal_lm
 from vllm_edlm.train.model import grid_of, joint_hidden_states
 from vllm_edlm.train.noise import Corruption
@@ -119,18 +119,17 @@ class Bound:
         corruptions = [Corruption(masked[None], unit) for masked in masked_SL]
         batch = join(row, corruptions, self.objective, self.objective.block_length)
         batch = {name: tensor.to(self.causal_lm.device) for name, tensor in batch.items()}
-        asked = batch["labels"] != IGNORED
-        target_M = batch["labels"][asked]
-        logits_MV = self._logits(batch, batch["source"][asked])
+        target_M = batch["labels"][batch["labels"] != IGNORED]
+        logits_MV = self._logits(batch)
         logprobs_M = logits_MV.log_softmax(dim=-1).gather(1, target_M[:, None])[:, 0]
         logits_MV[:, self.objective.mask_token_id] = -torch.inf
         return logprobs_M.cpu(), (logits_MV.argmax(dim=-1) == target_M).cpu()
 
-    def _logits(self, batch: dict[str, Tensor], source_M: Tensor) -> Tensor:
-        """fp32 logits [M, V] made of the hidden states at `source_M`."""
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """fp32 logits [M, V] of the masked tokens."""
         grid = grid_of(batch, batch["block"], self.objective)
         hidden = joint_hidden_states(self.causal_lm, batch, grid)
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[0, source_M])
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[predictors(batch)])
         return logits.float()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from vllm_edlm.train.joint import IGNORED, corrupted
+from vllm_edlm.train.joint import IGNORED, corrupted, predictors
 from vllm_edlm.train.layouts import load_causal_lm
 from vllm_edlm.train.loss import tokens_per_slice
 from vllm_edlm.train.model import BlockDiffusionLM
@@ -149,8 +149,7 @@ def _rounded(causal_lm: Any, dtype: torch.dtype) -> Any:
 
 def _answers(causal_lm: Any, objective: Objective, batch: dict[str, Tensor]) -> _Answers:
     hidden = BlockDiffusionLM(causal_lm, objective).eval().hidden_states(batch)
-    row, column = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-    return _Answers(hidden[row, batch["source"][row, column]], causal_lm.get_output_embeddings())
+    return _Answers(hidden[predictors(batch)], causal_lm.get_output_embeddings())
 
 
 def _difference(one: _Answers, other: _Answers) -> Difference:

@@ -193,6 +193,12 @@ def _next_labels(batch: dict[str, Tensor]) -> Tensor:
     return labels
 
 
+def predictors(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Row and place [M] of the hidden state that predicts each masked token of a joint batch."""
+    row, column = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+    return row, batch["source"][row, column]
+
+
 def _own_index(tokens_NT: Tensor) -> Tensor:
     return torch.arange(tokens_NT.shape[1]).expand_as(tokens_NT)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from vllm_edlm.train.attention import attention_inputs
-from vllm_edlm.train.joint import IGNORED
+from vllm_edlm.train.joint import IGNORED, predictors
 from vllm_edlm.train.loss import cross_entropies, divergences, in_slices, tokens_per_slice
 from vllm_edlm.train.masks import Grid
 from vllm_edlm.train.objective import Objective
@@ -66,12 +66,11 @@ class BlockDiffusionLM(nn.Module):
         return joint_hidden_states(self.causal_lm, batch, grid)
 
     def _masked_losses(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        row, column = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-        targets, source = batch["labels"][row, column], batch["source"][row, column]
-        inputs = [hidden[row, source], targets]
+        targets, places = batch["labels"][batch["labels"] != IGNORED], predictors(batch)
+        inputs = [hidden[places], targets]
         if self.teacher is None:
             return self._in_slices(self._losses, *inputs)
-        inputs.append(self.teacher.hidden_states(batch)[row, source])
+        inputs.append(self.teacher.hidden_states(batch)[places])
         return self._in_slices(self._distilled_losses, *inputs)
 
     def _in_slices(self, losses: Any, *inputs: Tensor) -> Tensor:
