@@ -31,7 +31,8 @@ class Blocks:
     @property
     def origin(self) -> int:
         """The position at which the grid of generated blocks begins."""
-        return 0 if self.prompt_attention == "block_causal" else self.prompt_length
+        on_grid = self.prompt_attention in ("block_causal", "causal_grid")
+        return 0 if on_grid else self.prompt_length
 
     def index(self, position: int) -> int:
         """Block index of a position; -1 stands for the whole of a prompt outside the grid."""
@@ -54,7 +55,7 @@ class Blocks:
         """
         index = torch.tensor([self.index(position) for position in range(length)])
         by_block = index[:, None] >= index[None, :]
-        if self.prompt_attention != "causal":
+        if self.prompt_attention not in ("causal", "causal_grid"):
             return by_block
         in_open_block = (index == index[-1])[:, None]
         return by_block & (in_open_block | torch.ones(length, length, dtype=torch.bool).tril())

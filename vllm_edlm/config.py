@@ -14,6 +14,7 @@ from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
 from vllm_edlm.family import normalise
 from vllm_edlm.options import (
+    CAUSAL_ATTENTIONS,
     PROMPT_ATTENTIONS,
     SERVER_OPTIONS,
     Options,
@@ -59,9 +60,10 @@ def configure_model(model_config: ModelConfig) -> None:
 
 
 def _prompt_attentions(config: PretrainedConfig) -> tuple[str, ...]:
-    """Modes that a model may be served in; token-causal only if it was trained so."""
-    trained_causally = config.prompt_attention == "causal"
-    return tuple(mode for mode in PROMPT_ATTENTIONS if mode != "causal" or trained_causally)
+    """Modes that a model may be served in; token-causal ones only if it was trained so."""
+    if config.prompt_attention in CAUSAL_ATTENTIONS:
+        return PROMPT_ATTENTIONS
+    return tuple(mode for mode in PROMPT_ATTENTIONS if mode not in CAUSAL_ATTENTIONS)
 
 
 def resolve_options(vllm_config: VllmConfig) -> Options:
@@ -189,7 +191,7 @@ def _refuse_async(options: Options) -> None:
     count of steps known by which a block's length may still be chosen."""
     refused = {
         "a model with token shift": options.token_shift,
-        "prompt_attention 'causal'": options.has_causal_past,
+        f"prompt_attention {options.prompt_attention!r}": options.has_causal_past,
         "adaptive_canvas": options.adaptive_canvas is not None,
     }
     for feature, wanted in refused.items():

@@ -11,7 +11,9 @@ from typing import Any
 
 from vllm_edlm.reveal import RULES
 
-PROMPT_ATTENTIONS = ("block_causal", "bidirectional", "causal")
+# Models that are trained as AR models at the same time see what is known token-causally.
+CAUSAL_ATTENTIONS = ("causal", "causal_grid")
+PROMPT_ATTENTIONS = ("block_causal", "bidirectional", *CAUSAL_ATTENTIONS)
 REVEAL_RULES = tuple(RULES)
 SERVER_OPTIONS = ("prompt_attention", "threshold", "reveal", "adaptive_canvas")
 REQUEST_OPTIONS = (
@@ -36,8 +38,9 @@ class Options:
         mask_token_id: token id that stands for a masked position.
         prompt_attention: "block_causal": blocks lie on one grid from position 0;
             "bidirectional": the prompt is one block that sees itself whole, and generated
-            blocks start at its end; "causal": everything known is token-causal, and generated
-            blocks start at the prompt's end.
+            blocks start at its end; "causal": everything before the open block is
+            token-causal, and generated blocks start at the prompt's end; "causal_grid": the
+            same with blocks on one grid from position 0.
         token_shift: the logits of a position predict the next one.
         adaptive_canvas: open positions that all requests together should not exceed, for which
             blocks are shortened; None to keep every block's length.
@@ -57,12 +60,12 @@ class Options:
     @property
     def blocks_follow_prompt(self) -> bool:
         """Whether the grid of blocks starts at the prompt's end instead of position 0."""
-        return self.prompt_attention != "block_causal"
+        return self.prompt_attention in ("bidirectional", "causal")
 
     @property
     def has_causal_past(self) -> bool:
         """Whether positions outside the open block attend token-causally."""
-        return self.prompt_attention == "causal"
+        return self.prompt_attention in CAUSAL_ATTENTIONS
 
 
 def publish_options(options: Options, hf_config: Any) -> None:

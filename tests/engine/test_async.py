@@ -209,6 +209,13 @@ def test_models_whose_commits_lie_differently_are_refused(
         args.create_engine_config()
 
 
+def test_a_causal_past_on_the_grid_is_refused(checkpoint: CheckpointFactory) -> None:
+    spec = CheckpointSpec(prompt_attention="causal_grid")
+    args = EngineArgs(model=str(checkpoint(spec)), async_scheduling=True, **SMALL_ENGINE)
+    with pytest.raises(ValueError, match=r"async scheduling.*'causal_grid'"):
+        args.create_engine_config()
+
+
 def test_a_block_length_that_follows_the_load_is_refused(checkpoint: CheckpointFactory) -> None:
     options: dict[str, Any] = SMALL_ENGINE | {"async_scheduling": True}
     args = EngineArgs(

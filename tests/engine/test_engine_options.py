@@ -30,26 +30,28 @@ def test_shared_kv_pages_hold_whole_blocks(
 
 
 @pytest.mark.parametrize(
-    ("in_checkpoint", "in_server", "bidirectional"),
+    ("in_checkpoint", "in_server", "follows_prompt"),
     [
         (None, None, True),
         ("bidirectional", None, True),
         ("block_causal", None, False),
         ("block_causal", "bidirectional", True),
         ("bidirectional", "block_causal", False),
+        ("causal_grid", None, False),
+        ("causal_grid", "causal", True),
     ],
 )
 def test_prompt_mode_of_server_before_checkpoint(
     checkpoint: CheckpointFactory,
     in_checkpoint: str | None,
     in_server: str | None,
-    bidirectional: bool,
+    follows_prompt: bool,
 ) -> None:
-    """A bidirectional prompt is neither cut nor shared."""
+    """KV pages are shared where blocks lie on the grid that pages lie on."""
     options = {} if in_server is None else {"edlm": {"prompt_attention": in_server}}
     spec = CheckpointSpec(prompt_attention=in_checkpoint)
     config = configured(checkpoint, spec, additional_config=options)
-    assert config.cache_config.enable_prefix_caching != bidirectional
+    assert config.cache_config.enable_prefix_caching != follows_prompt
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,12 @@ RELEASES = [
         {"prompt_attention": "bidirectional", "token_shift": True, "dlm_type": "dream"},
     ),
     Release("EfficientDLM", "encoder", Served(8, "causal"), {"prompt_attention": "causal"}),
+    Release(
+        "EfficientDLM",
+        "encoder",
+        Served(8, "causal_grid", token_shift=True),
+        {"prompt_attention": "causal_grid", "token_shift": True, "dlm_type": "dream"},
+    ),
     Release("DiffEncoderModel", "encoder", Served(8, "bidirectional")),
     Release(
         "EfficientDLMQwen2ForCausalLM",

@@ -24,6 +24,7 @@ CASES = {
         {"max_num_batched_tokens": 73, **SHIFTED},
     ),
     "causal": (NEMOTRON, "causal", 8, {"max_num_batched_tokens": 40}),
+    "causal grid": (QWEN3, "causal_grid", 8, {"max_num_batched_tokens": 40}),
 }
 
 

@@ -33,7 +33,7 @@ class Models:
         length = -(-len(tokens) // B) * B
         inputs = torch.tensor([*tokens, *[MASK_ID] * (length - len(tokens))])
         inputs[list(masked)] = MASK_ID
-        mask = Blocks(B, "block_causal", len(tokens)).mask(length)
+        mask = Blocks(B, self.options.prompt_attention, len(tokens)).mask(length)
         logits = self.oracle.logits(inputs, mask).log_softmax(-1)
         if self.options.token_shift:
             logits = logits.roll(1, dims=0)
@@ -64,10 +64,12 @@ def text(context: int, continuation: int) -> tuple[list[int], list[int]]:
     return tokens[:context], tokens[context:]
 
 
-@pytest.fixture(scope="module", params=["encoder", "plain", "token shift"])
+@pytest.fixture(scope="module", params=["encoder", "plain", "token shift", "causal_grid"])
 def models(request: pytest.FixtureRequest, checkpoint: CheckpointFactory) -> Models:
     layout = "plain" if request.param == "plain" else "encoder"
     options = replace(OPTIONS, token_shift=request.param == "token shift")
+    if request.param == "causal_grid":
+        options = replace(options, prompt_attention=request.param)
     path = checkpoint(CheckpointSpec(layout=layout, block_length=B, seed=3))
     bound = Bound.load(str(path), options, torch.float32, samples=32, seed=0)
     return Models(bound, OracleModel.load(path), options)
@@ -139,7 +141,7 @@ def test_forwards_of_few_samples_add_up(models: Models, monkeypatch: pytest.Monk
 
 def test_what_the_model_would_write_is_greedy(models: Models) -> None:
     context, _ = text(7, 1)
-    mask = Blocks(B, "block_causal", 7).mask(8)
+    mask = Blocks(B, models.options.prompt_attention, 7).mask(8)
     logits = models.oracle.logits(torch.tensor([*context, MASK_ID]), mask)
     logits = logits[6 if models.options.token_shift else 7]
     logits[MASK_ID] = -torch.inf
@@ -180,7 +182,7 @@ def test_positions_are_masked_equally_often() -> None:
 
 @pytest.mark.parametrize("prompt_attention", ["bidirectional", "causal"])
 def test_models_that_see_prompts_otherwise_are_refused(prompt_attention: str) -> None:
-    with pytest.raises(ValueError, match=f"'block_causal', .* got '{prompt_attention}'"):
+    with pytest.raises(ValueError, match=f"'block_causal' or .* got '{prompt_attention}'"):
         Bound(None, replace(OPTIONS, prompt_attention=prompt_attention))
 
 

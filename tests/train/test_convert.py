@@ -154,7 +154,7 @@ def test_every_axis_learns_and_exports_what_it_trained(
     history = log_history(tmp_path / "out", 12)
     assert history[0]["loss"] > 0
     prompt_attention = AutoConfig.from_pretrained(tmp_path / "out").prompt_attention
-    expected = {"--ar-loss-weight": "causal", "bidirectional": "bidirectional"}
+    expected = {"--ar-loss-weight": "causal_grid", "bidirectional": "bidirectional"}
     named = [name for option, name in expected.items() if option in options]
     assert prompt_attention == (named or ["block_causal"])[0]
 

@@ -51,7 +51,7 @@ def test_serving_reads_what_was_trained(
         ({}, "block_causal", "llada"),
         ({"pattern": Pattern.block_noisy}, "block_causal", "llada"),
         ({"pattern": Pattern.bidirectional}, "bidirectional", "llada"),
-        ({"ar_loss_weight": 0.3}, "causal", "llada"),
+        ({"ar_loss_weight": 0.3}, "causal_grid", "llada"),
         ({"token_shift": True}, "block_causal", "dream"),
     ],
 )

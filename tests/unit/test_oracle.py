@@ -87,6 +87,12 @@ def test_causal_mask_by_hand() -> None:
     assert Blocks(2, "causal", 3).mask(7).int().tolist() == expected
 
 
+def test_mask_of_causal_prompts_on_the_grid() -> None:
+    """Two complete blocks of two, token by token; the open block, with the prompt's last token."""
+    expected = [[int(j <= i) for j in range(6)] for i in range(4)] + [[1] * 6] * 2
+    assert Blocks(2, "causal_grid", 5).mask(6).int().tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("prompt_attention", "known", "expected"),
     [
@@ -96,6 +102,7 @@ def test_causal_mask_by_hand() -> None:
         ("bidirectional", 17, range(10, 18)),
         ("bidirectional", 18, range(18, 20)),
         ("causal", 17, range(10, 18)),
+        ("causal_grid", 17, range(16, 20)),
     ],
 )
 def test_open_block_and_the_short_last_one(
@@ -247,6 +254,6 @@ def test_every_rule_decodes_otherwise(model: OracleModel, rule: str) -> None:
 def test_prompt_modes_differ(model: OracleModel) -> None:
     answers = {
         tuple(decode(model, PROMPT, prompt_attention=mode, ignore_eos=True).token_ids)
-        for mode in ("block_causal", "bidirectional", "causal")
+        for mode in ("block_causal", "bidirectional", "causal", "causal_grid")
     }
-    assert len(answers) == 3
+    assert len(answers) == 4

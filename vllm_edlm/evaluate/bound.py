@@ -62,16 +62,21 @@ class Bound:
             ValueError: the model sees prompts otherwise than training does, or there would be no
                 sample.
         """
-        if options.prompt_attention != "block_causal":
+        if options.blocks_follow_prompt:
             raise ValueError(
-                "likelihood=bound needs prompt_attention 'block_causal', on whose blocks models "
-                f"are trained, got {options.prompt_attention!r}; use likelihood=chain"
+                "likelihood=bound needs prompt_attention 'block_causal' or 'causal_grid', on "
+                f"whose blocks models are trained, got {options.prompt_attention!r}; use "
+                "likelihood=chain"
             )
         if samples < 1:
             raise ValueError(f"bound_samples must be at least 1, got {samples}")
         self.causal_lm = causal_lm
         self.objective = Objective(
-            options.block_length, options.mask_token_id, token_shift=options.token_shift
+            options.block_length,
+            options.mask_token_id,
+            token_shift=options.token_shift,
+            # Of a joint model; the weight itself is not looked at.
+            ar_loss_weight=float(options.has_causal_past),
         )
         self.samples = samples
         self.seed = seed

@@ -97,7 +97,7 @@ def checkpoint_config(config: Any, objective: Objective, dtype: torch.dtype) -> 
 def prompt_attention(objective: Objective) -> str:
     """How the model saw prompts in training, in serving's words."""
     if objective.ar_loss_weight > 0:
-        return "causal"
+        return "causal_grid"
     return "bidirectional" if objective.pattern == "bidirectional" else "block_causal"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from vllm_edlm.family import normalise
+from vllm_edlm.options import CAUSAL_ATTENTIONS
 from vllm_edlm.train.layouts import load_causal_lm
 from vllm_edlm.train.masks import Grid
 from vllm_edlm.train.model import joint_hidden_states
@@ -78,7 +79,7 @@ def load_teacher(
     return Teacher(
         load_causal_lm(name, dtype, attention),
         config.block_size,
-        causal_clean=config.prompt_attention == "causal",
+        causal_clean=config.prompt_attention in CAUSAL_ATTENTIONS,
     )
 
 
@@ -95,7 +96,7 @@ def _check(config: Any, name: str, objective: Objective) -> None:
     allowed = {
         "mask_token_id": (objective.mask_token_id,),
         "token_shift": (False,),
-        "prompt_attention": ("block_causal", "causal"),
+        "prompt_attention": ("block_causal", *CAUSAL_ATTENTIONS),
     }
     for key, values in allowed.items():
         value = getattr(config, key)
