@@ -1,0 +1,190 @@
+"""The table of each finding, and one of all directions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.findings.conversions import BATCH, ROW_LENGTH, Conversion
+from benchmarks.findings.design import ATTENTION, FFN, SEEDS, Arm, Finding, Where, with_seed
+from benchmarks.findings.scores import Point, Score
+from benchmarks.findings.verdicts import Values, Verdict, judge
+from vllm_edlm.bench.report import Plot, Row, Table
+from vllm_edlm.evaluate.drift import weight_drift
+from vllm_edlm.evaluate.weights import Weights
+
+# Of 400 questions four.
+ACCURACY_MARGIN = 0.01
+DRIFT_MARGIN = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything the tables are made of.
+
+    Attributes:
+        scores: of each conversion at its points.
+        drifts: of each conversion, average over layers of the mean change of a weight, by part.
+        parent: the AR parent's answers.
+        questions: held-out ones that every model was asked.
+    """
+
+    scores: Mapping[Conversion, Mapping[Point, Score]]
+    drifts: Mapping[Conversion, Mapping[str, float]]
+    parent: Score
+    questions: int
+
+
+def layer_drift(parent: Path, model: Path) -> dict[str, float]:
+    """Mean |dW| by part, averaged over the layers."""
+    drifts = weight_drift(Weights(parent), Weights(model))
+    return {
+        part: mean(drift.mean_change for drift in drifts if drift.part == part)
+        for part in (ATTENTION, FFN)
+    }
+
+
+def verdicts(finding: Finding, measured: Measured) -> list[Verdict]:
+    """What became of each of a finding's directions."""
+    margin = DRIFT_MARGIN if finding.drift else ACCURACY_MARGIN
+    values = _values(finding, measured)
+    return [judge(claim, values, margin) for claim in finding.claims]
+
+
+def finding_table(finding: Finding, measured: Measured) -> Table:
+    """One row for each arm and place, over the seeds; what became of the directions below."""
+    rows = [
+        row
+        for arm in finding.arms
+        for row in (_drift_rows(arm, measured) if finding.drift else _rows(arm, measured))
+    ]
+    return Table(finding.name, finding.title, rows, _notes(finding, measured), _plot(finding))
+
+
+def directions_table(findings: Sequence[Finding], measured: Measured) -> Table:
+    """Every direction of every finding and what became of it."""
+    judged = [(finding, v) for finding in findings for v in verdicts(finding, measured)]
+    counts = Counter(verdict.word for _, verdict in judged)
+    summary = ", ".join(f"{word}: {count}" for word, count in counts.most_common())
+    return Table(
+        "directions",
+        "Directions of the paper's findings, in miniature",
+        [_direction_row(finding, verdict) for finding, verdict in judged],
+        [f"Of {len(judged)} directions, {summary}.", *_general_notes(measured)],
+    )
+
+
+def _rows(arm: Arm, measured: Measured) -> list[Row]:
+    rows: list[Row] = []
+    for point in arm.points:
+        scores = list(_by_seed(arm, measured.scores, point).values())
+        if scores:
+            rows.append(_row(arm, point, scores))
+    return rows
+
+
+def _row(arm: Arm, point: Point, scores: Sequence[Score]) -> Row:
+    return {
+        "model": arm.label,
+        "block length": point.block_length,
+        "tokens per forward": mean(score.tokens_per_forward for score in scores),
+        **_spread("right answers", [score.exact for score in scores]),
+        **_spread("right states", [score.states for score in scores]),
+        "seeds": len(scores),
+        "paper (%)": arm.paper,
+    }
+
+
+def _drift_rows(arm: Arm, measured: Measured) -> list[Row]:
+    rows: list[Row] = []
+    for part in (ATTENTION, FFN):
+        drifts = list(_by_seed(arm, measured.drifts, part).values())
+        if drifts:
+            spread = _spread("mean |dW|", drifts)
+            rows.append({"model": arm.label, "part": part, **spread, "seeds": len(drifts)})
+    return rows
+
+
+def _spread(name: str, values: Sequence[float]) -> Row:
+    return {name: mean(values), f"{name} min": min(values), f"{name} max": max(values)}
+
+
+def _by_seed(arm: Arm, figures: Mapping[Conversion, Mapping[Any, Any]], where: Where) -> Any:
+    """The figures of an arm at a place, of the seeds that have one."""
+    found = {seed: figures.get(with_seed(arm.conversion, seed), {}) for seed in SEEDS}
+    return {seed: at[where] for seed, at in found.items() if where in at}
+
+
+def _values(finding: Finding, measured: Measured) -> Values:
+    if finding.drift:
+        return {
+            (arm.label, part): _by_seed(arm, measured.drifts, part)
+            for arm in finding.arms
+            for part in (ATTENTION, FFN)
+        }
+    return {
+        (arm.label, point): {
+            seed: score.exact for seed, score in _by_seed(arm, measured.scores, point).items()
+        }
+        for arm in finding.arms
+        for point in arm.points
+    }
+
+
+def _direction_row(finding: Finding, verdict: Verdict) -> Row:
+    differences = verdict.differences
+    return {
+        "finding": finding.name,
+        "direction of the paper": verdict.claim.text,
+        "at": _place(verdict.claim.more[0][1]),
+        "here": verdict.word,
+        "mean difference": mean(differences) if differences else None,
+        "min": min(differences, default=None),
+        "max": max(differences, default=None),
+        "seeds": len(differences),
+    }
+
+
+def _place(where: Where) -> str:
+    if isinstance(where, Point):
+        return f"block length {where.block_length}, {where.parallel} tokens per forward"
+    return where
+
+
+def _plot(finding: Finding) -> Plot | None:
+    if finding.drift:
+        return None
+    if finding.name == "blocks":
+        return Plot("block length", "right answers", ("model",), ("tokens per forward",), True)
+    return Plot("tokens per forward", "right answers", ("model",), log_x=True)
+
+
+def _notes(finding: Finding, measured: Measured) -> list[str]:
+    said = [
+        f"{verdict.word.upper()}: {verdict.claim.text}; {_place(verdict.claim.more[0][1])}; "
+        f"differences by seed: {_numbers(verdict.differences)}."
+        for verdict in verdicts(finding, measured)
+    ]
+    return [*finding.notes, *_general_notes(measured), *said]
+
+
+def _numbers(differences: Sequence[float]) -> str:
+    return ", ".join(f"{difference:+.3g}" for difference in differences) or "none"
+
+
+def _general_notes(measured: Measured) -> list[str]:
+    parent = measured.parent
+    return [
+        f"{measured.questions} held-out questions, answered greedily by the served model; its AR "
+        f"parent answers {parent.exact:.1%} of them right. All conversions have the same parent; "
+        "seeds differ in noise and in the order of the data.",
+        f"A step of training has {BATCH} rows of {ROW_LENGTH} tokens. Tokens per forward are set: "
+        "reveal rule `steps`.",
+        "A direction holds (does not hold) where the difference has (has not) the paper's sign for "
+        f"every seed and is more than {ACCURACY_MARGIN:g}; three seeds agree by chance one time "
+        "in four.",
+    ]
