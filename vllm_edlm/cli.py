@@ -66,7 +66,7 @@ def capacity(
     results: Annotated[Path, typer.Option(help="folder of the measured tables")] = Path(
         "benchmarks/results"
     ),
-    output: Annotated[Path, typer.Option(help="the page")] = Path("docs/capacity.md"),
+    output: Annotated[Path, typer.Option(help="the page")] = Path("benchmarks/capacity.md"),
     fraction: Annotated[
         float, typer.Option(help="of the roofline that planned figures assume")
     ] = 0.5,

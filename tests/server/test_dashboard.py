@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import RandomServer
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = json.loads((ROOT / "deploy/grafana/vllm-edlm.json").read_text())
+DASHBOARD = json.loads((ROOT / "examples/deploy/grafana/vllm-edlm.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel, target["expr"]) for panel in PANELS for target in panel["targets"]]
 VARIABLES = DASHBOARD["templating"]["list"]

@@ -155,7 +155,9 @@ def test_what_the_page_says_of_its_figures_holds() -> None:
 
 
 def test_the_committed_page_is_made_of_the_committed_tables() -> None:
-    assert (ROOT / "docs/capacity.md").read_text() == page(RESULTS, 0.5), "run `edlm capacity`"
+    assert (ROOT / "benchmarks/capacity.md").read_text() == page(RESULTS, 0.5), (
+        "run `edlm capacity`"
+    )
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:

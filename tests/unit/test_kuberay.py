@@ -12,7 +12,7 @@ from ray.serve.llm import LLMServingArgs
 from ray.serve.schema import ServeDeploySchema
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "examples/deploy"
 TEXT = (DEPLOY / "kuberay/rayservice.yaml").read_text()
 SPEC = yaml.safe_load(TEXT)["spec"]
 CLUSTER = SPEC["rayClusterConfig"]

@@ -9,7 +9,7 @@ import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "examples/deploy"
 FILES = sorted(DEPLOY.rglob("*.yaml"))
 Manifest = dict[str, Any]
 

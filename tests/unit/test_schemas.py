@@ -8,7 +8,7 @@ import promql_parser
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "examples/deploy"
 # Releases some years apart.
 VERSIONS = ["1.29", "1.37"]
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes/vllm-edlm.yaml").read_text()))
