@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from examples.demo import free_port
 
 ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "examples/deploy"
 FILES = ["Dockerfile.cpu", "Dockerfile.gpu"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -26,9 +27,7 @@ SERVE = "examples/serve.sh"
 
 def instructions(name: str) -> list[tuple[str, str]]:
     """Each instruction with its arguments in one line."""
-    text = re.sub(
-        r"^\s*#.*\n", "", (ROOT / "examples/deploy" / name).read_text(), flags=re.MULTILINE
-    )
+    text = re.sub(r"^\s*#.*\n", "", (DEPLOY / name).read_text(), flags=re.MULTILINE)
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(word, " ".join(rest.split())) for word, _, rest in (s.partition(" ") for s in lines)]
 
@@ -91,7 +90,7 @@ def test_it_runs_the_script_as_nobody_in_particular(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_it_holds_no_address_and_no_secret(name: str) -> None:
-    text = (ROOT / "examples/deploy" / name).read_text()
+    text = (DEPLOY / name).read_text()
     assert set(re.findall(r"https?://([^/'\"]+)", text)) == {"127.0.0.1:8000"}
     assert "index-url" not in text
     kept = " ".join(arguments(name, "ENV") + arguments(name, "ARG"))
