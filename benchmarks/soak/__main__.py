@@ -47,8 +47,6 @@ async def soak(server: Server, minutes: float) -> Findings:
         after = await metrics(server.address)
         return Findings(
             capacity=capacity,
-            rate=len(records) / seconds,
-            seconds=seconds,
             cases=CASES,
             records=records,
             samples=watch.samples,

@@ -86,6 +86,8 @@ def connect(address: str) -> AsyncOpenAI:
         base_url=f"{address}/v1",
         api_key="none",
         max_retries=0,
+        # Of connecting too: a busy server may be slow to accept.
+        timeout=2 * STUCK_SECONDS,
         default_headers={"Connection": "close"},
     )
 

@@ -16,7 +16,7 @@ LONG = {
     "vllm_xargs": {"diffusion_canvas_length": 1, "diffusion_threshold": 1.0},
 }
 POLL_SECONDS = 0.02
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 
 
 async def seconds_until_free(client: Client, address: str) -> float:

@@ -22,10 +22,11 @@ MAX_SEQS = 16
 # Requests running or waiting; vLLM refuses those that come beyond, with 503.
 MAX_QUEUED = 3 * MAX_SEQS
 MIB = 2**20
-# Fewer KV pages than that many requests may come to need, so that some are preempted.
+# Fewer and smaller KV pages than that many requests may come to need: some are preempted.
 FLAGS = (
     *("--dtype", "float32", "--max-num-seqs", str(MAX_SEQS)),
-    *("--max-num-queued-reqs", str(MAX_QUEUED), "--kv-cache-memory-bytes", str(5 * MIB)),
+    *("--max-num-queued-reqs", str(MAX_QUEUED), "--kv-cache-memory-bytes", str(8 * MIB)),
+    *("--block-size", "16"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 # The engine has one core, the API server and the client of two-core machines the other.

@@ -65,8 +65,6 @@ def findings(outcomes: list[Outcome], late: float) -> Findings:
     sizes = [10 * MIB] * 10 + [100 * MIB] * 40 + [int(late * MIB)] * 50
     return Findings(
         capacity=1.0,
-        rate=2.0,
-        seconds=100.0,
         cases=1,
         records=[Record("plain", outcome, 1.0) for outcome in outcomes],
         samples=[Sample(float(i), {API_SERVER: size}) for i, size in enumerate(sizes)],
