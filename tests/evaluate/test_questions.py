@@ -25,8 +25,8 @@ def test_questions_are_read_in_order(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("\n\n", "no questions"),
-        ('{"prompt": "a", "answer": "b"}\n{', "line 2: not valid JSON"),
-        ('\n{"prompt": "a"}', "line 2: expected"),
+        ('{"prompt": "a", "answer": "b"}\n{', r"questions\.jsonl, line 2: not valid JSON"),
+        ('\n{"prompt": "a"}', r"questions\.jsonl, line 2: expected"),
         ('{"prompt": "a", "answer": 2}', "line 1: expected"),
         ('["a", "b"]', "line 1: expected"),
     ],

@@ -136,7 +136,7 @@ def test_a_large_file_takes_little_memory(
         return loads(line)
 
     path = write_jsonl(tmp_path / "data.jsonl", *[TEXT] * 1000)
-    monkeypatch.setattr(module.json, "loads", counting)
+    monkeypatch.setattr(json, "loads", counting)
     rows = PackedRows(read_documents(Source(str(path)), tokenizer), 16, 4, 1, shuffle_buffer=10)
     next(iter(rows))
     assert lines_read < 60
@@ -209,7 +209,8 @@ def test_hub_data_sets_that_cannot_be_loaded(
         ("a.jsonl", '{"text": 3}', r"line 1: expected the keys 'messages' .* got the keys"),
         ("a.jsonl", "[1]", r"line 1: expected the keys .* got a list"),
         ("a.jsonl", '{"messages": []}', r"line 1: no message is the assistant's"),
-        ("a.jsonl", b"\xff", r"a\.jsonl: .*utf-8"),
+        ("a.jsonl", b"\n\xff", r"a\.jsonl: line 2: not valid UTF-8"),
+        ("a.txt", b"\xff", r"a\.txt: .*utf-8"),
         ("a.parquet", "no table", r"a\.parquet: .*[Pp]arquet"),
     ],
 )

@@ -1,6 +1,5 @@
 """Questions with known answers, and how answers to them are graded."""
 
-import json
 import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from vllm_edlm.jsonl import read_jsonl
 
 # Training data calls it a response.
 ANSWER_KEYS = ("answer", "response")
@@ -43,20 +44,17 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def _read(path: Path) -> Iterator[Question]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _question(line, f"{path}, line {number}")
-
-
-def _question(line: str, where: str) -> Question:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        for place, row in read_jsonl(path):
+            yield _question(row, place)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+
+
+def _question(row: Any, place: str) -> Question:
     prompt, answer = _text(row, ("prompt",)), _text(row, ANSWER_KEYS)
     if prompt is None or answer is None:
-        raise ValueError(f"{where}: expected texts under the keys 'prompt' and 'answer'")
+        raise ValueError(f"{place}: expected texts under the keys 'prompt' and 'answer'")
     return Question(prompt, answer)
 
 

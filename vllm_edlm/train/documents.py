@@ -10,7 +10,6 @@ document at a time (of Parquet, one row group), however large the data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 from datasets import IterableDataset, load_dataset
 from pyarrow.parquet import ParquetFile
 
+from vllm_edlm.jsonl import read_jsonl
 from vllm_edlm.train.chat import chat_tokens
 
 _BATCH = 256  # rows that are turned from columns into dictionaries at a time
@@ -139,20 +139,6 @@ def _text_rows(path: Path) -> Iterator[Row]:
             yield f"paragraph {number}", {"text": paragraph.strip()}
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", _parse(line, number)
-
-
-def _parse(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: not valid JSON ({error})") from error
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     with ParquetFile(path) as file:
         batches = file.iter_batches(batch_size=_BATCH)
@@ -161,7 +147,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             yield f"row {number}", row
 
 
-_READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+_READERS = {".jsonl": read_jsonl, ".parquet": _parquet_rows, ".txt": _text_rows}
 
 
 def _load(source: Source) -> IterableDataset:
