@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import vllm_edlm.train.trainer as trainer_module
 from examples.convert.tokenizer import build_tokenizer
 from examples.convert.word_problems import problems, write_jsonl
 from vllm_edlm.train.attention import implementation
@@ -52,3 +54,18 @@ def ar_directory(
     tiny_lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every training loss, in order."""
+    seen: list[float] = []
+    compute = trainer_module.ConversionTrainer.compute_loss
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        seen.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(trainer_module.ConversionTrainer, "compute_loss", spy)
+    return seen

@@ -1,4 +1,4 @@
-"""`edlm convert` as a user runs it: it learns, resumes exactly, stops on NaN, names bad input."""
+"""`edlm convert` as a user runs it: every option works, and what does not fit is named."""
 
 from __future__ import annotations
 
@@ -6,83 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoConfig, TrainerCallback
-from typer.testing import CliRunner, Result
-
-import vllm_edlm.train.trainer as trainer_module
-from vllm_edlm.cli import app
-from vllm_edlm.train.model import BlockDiffusionLM, TokenLosses
-
-
-def run_convert(model: Path, data: Path, output: Path, *options: str) -> Result:
-    small = ["--row-length", "128", "--batch-size", "4", "--steps", "8", "--save-steps", "4"]
-    fast = ["--learning-rate", "1e-3", "--warmup-steps", "2", "--no-bf16"]
-    command = ["convert", str(model), "--data", str(data), "--output", str(output)]
-    return CliRunner().invoke(app, [*command, *small, *fast, *options])
-
-
-@pytest.fixture
-def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Every training loss, in order."""
-    seen: list[float] = []
-    compute = trainer_module.ConversionTrainer.compute_loss
-
-    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(self, *args, **kwargs)
-        seen.append(loss.item())
-        return loss
-
-    monkeypatch.setattr(trainer_module.ConversionTrainer, "compute_loss", spy)
-    return seen
-
-
-class _KilledError(Exception):
-    """Stands for the machine going away in the middle of a step."""
-
-
-class _KillAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise _KilledError
-
-
-def test_resuming_after_a_kill_gives_the_same_losses_and_weights(
-    ar_directory: Path,
-    problem_file: Path,
-    tmp_path: Path,
-    losses: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = run_convert(ar_directory, problem_file, tmp_path / "whole")
-    assert whole.exit_code == 0, whole.output
-    uninterrupted = list(losses)
-    assert len(uninterrupted) == 8
-
-    losses.clear()
-    start = trainer_module.ConversionTrainer.__init__
-
-    def killed(self: Any, *args: Any, **kwargs: Any) -> None:
-        start(self, *args, **kwargs)
-        self.add_callback(_KillAfter(6))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.ConversionTrainer, "__init__", killed)
-        first = run_convert(ar_directory, problem_file, tmp_path / "parts")
-    assert isinstance(first.exception, _KilledError)
-    assert losses == uninterrupted[:6]
-
-    losses.clear()
-    second = run_convert(ar_directory, problem_file, tmp_path / "parts")
-    assert second.exit_code == 0, second.output
-    assert losses == uninterrupted[4:], "goes on from the save at step 4, with the same noise"
-    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts")]
-    assert weights[0] == weights[1]
+from conversions import log_history, run_convert
+from transformers import AutoConfig
 
 
 def test_a_finished_training_is_only_exported_again(
@@ -97,25 +24,6 @@ def test_a_finished_training_is_only_exported_again(
     assert again.exit_code == 0, again.output
     assert losses == []
     assert exported.read_bytes() == before
-
-
-def test_a_loss_that_is_not_a_number_stops_with_the_last_checkpoint_kept(
-    ar_directory: Path, problem_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = BlockDiffusionLM.forward
-    calls = iter(range(100))
-
-    def breaks_later(self: Any, batch: Any) -> TokenLosses:
-        losses = forward(self, batch)
-        broken = losses.masked * float("nan")
-        return losses._replace(masked=broken) if next(calls) == 5 else losses
-
-    monkeypatch.setattr(BlockDiffusionLM, "forward", breaks_later)
-    result = run_convert(ar_directory, problem_file, tmp_path / "out")
-    assert result.exit_code == 1
-    assert "the loss became nan at step 5" in result.output
-    assert (tmp_path / "out/checkpoints/checkpoint-4").is_dir()
-    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 def test_options_reach_the_checkpoint(
@@ -157,12 +65,6 @@ def test_every_axis_learns_and_exports_what_it_trained(
     expected = {"--ar-loss-weight": "causal_grid", "bidirectional": "bidirectional"}
     named = [name for option, name in expected.items() if option in options]
     assert prompt_attention == (named or ["block_causal"])[0]
-
-
-def log_history(output: Path, step: int) -> list[dict[str, float]]:
-    state = (output / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text()
-    history: list[dict[str, float]] = json.loads(state)["log_history"]
-    return history
 
 
 def test_the_loss_falls_and_the_log_says_where(
@@ -224,23 +126,6 @@ def test_a_dry_run_leaves_nothing(ar_directory: Path, problem_file: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(
-    ar_directory: Path, problem_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = trainer_module.ConversionTrainer._save_scaler
-
-    def full(self: Any, output_dir: str) -> None:
-        if self.state.global_step == 8:
-            raise OSError(28, "No space left on device")
-        save(self, output_dir)
-
-    monkeypatch.setattr(trainer_module.ConversionTrainer, "_save_scaler", full)
-    result = run_convert(ar_directory, problem_file, tmp_path / "out")
-    assert result.exit_code == 1
-    assert "checkpoint-8: [Errno 28] No space left" in result.output
-    assert (tmp_path / "out/checkpoints/checkpoint-4").is_dir()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -248,6 +133,7 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(
         (["--mask-token-id", "99999"], "mask token id 99999 is outside the vocabulary"),
         (["--half-life-ratio", "0"], "half_life_ratio must be above 0, got 0"),
         (["--row-length", "32"], "a row holds 32"),
+        (["--row-length", "512", "--block-length", "512"], "block_length must be at most 256, the"),
         (["--growth", "4,8"], "growth must name rising block lengths"),
         (["--pattern", "block_noisy", "--ar-loss-weight", "1"], "ar_loss_weight must be 0 with"),
         (["--schedule", "wsd", "--decay-ratio", "1"], "must not be more than the 8 steps"),
@@ -261,6 +147,22 @@ def test_bad_options_are_named(
     result = run_convert(ar_directory, problem_file, tmp_path / "out", *options)
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_an_empty_file_is_named(ar_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    result = run_convert(ar_directory, tmp_path / "empty.jsonl", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "empty.jsonl: no documents in it" in result.output
+
+
+def test_rows_beyond_the_models_context_are_pointed_out(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["--row-length", "512", "--dry-run"]
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "rows of 512 tokens are longer than the model's context of 256" in caplog.text
 
 
 def test_missing_files_are_named(ar_directory: Path, problem_file: Path, tmp_path: Path) -> None:

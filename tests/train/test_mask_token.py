@@ -61,6 +61,17 @@ def test_a_mask_id_outside_the_vocabulary_is_refused(
         choose_mask_token(*ar_pair, mask_token_id)
 
 
+def test_a_vocabulary_without_room_is_refused(
+    ar_pair: tuple[PreTrainedTokenizerFast, Any],
+) -> None:
+    tokenizer, model = ar_pair
+    tokens = len(tokenizer)
+    model.resize_token_embeddings(tokens - 1)
+    for mask_token_id in (None, 2):
+        with pytest.raises(ValueError, match=f"{tokens} tokens, .* {tokens - 1}: .* no room"):
+            choose_mask_token(tokenizer, model, mask_token_id)
+
+
 def test_every_eos_is_refused_as_mask(ar_pair: tuple[PreTrainedTokenizerFast, Any]) -> None:
     tokenizer, model = ar_pair
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import replace
 from itertools import islice
@@ -27,6 +28,8 @@ from vllm_edlm.train.recipe import Recipe, training_arguments
 from vllm_edlm.train.served_config import check_convertible
 from vllm_edlm.train.teacher import load_teacher
 from vllm_edlm.train.trainer import ConversionTrainer
+
+logger = logging.getLogger(__name__)
 
 _CHECKED_ROWS = 2
 
@@ -93,10 +96,28 @@ def _load_tokenizer(recipe: Recipe) -> Any:
     if recipe.output.resolve() == Path(recipe.model).resolve():
         raise ValueError(f"output {recipe.output} holds the model, which the export would replace")
     try:
-        check_convertible(AutoConfig.from_pretrained(recipe.model, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
+        check_convertible(config)
+        _check_lengths(recipe, config.max_position_embeddings)
         return AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load the model {recipe.model}: {error}") from error
+
+
+def _check_lengths(recipe: Recipe, context: int) -> None:
+    """Whether blocks, and the documents of a row, fit into what the model can be served with."""
+    if recipe.block_length > context:
+        raise ValueError(
+            f"block_length must be at most {context}, the model's context "
+            f"(max_position_embeddings in config.json), got {recipe.block_length}"
+        )
+    if recipe.row_length > context:
+        logger.warning(
+            "rows of %d tokens are longer than the model's context of %d: documents that go beyond "
+            "it train positions that will not be served",
+            recipe.row_length,
+            context,
+        )
 
 
 def _rows(recipe: Recipe, tokenizer: Any) -> PackedRows:

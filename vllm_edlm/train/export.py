@@ -38,9 +38,15 @@ def choose_mask_token(tokenizer: Any, causal_lm: Any, mask_token_id: int | None 
     vocabulary grows by no more than that token: tensor-parallel serving pads it by itself.
 
     Raises:
-        ValueError: the id is outside the model's vocabulary, or it ends answers.
+        ValueError: the tokenizer has more tokens than the model, the id is outside the model's
+            vocabulary, or it ends answers.
     """
     rows = causal_lm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {rows}: it has no "
+            "room for all of them, nor for a mask token"
+        )
     chosen = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     if chosen is None:
         tokenizer.add_special_tokens({"mask_token": _MASK_TOKEN})

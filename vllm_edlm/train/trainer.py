@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
@@ -19,7 +20,8 @@ from vllm_edlm.train.objective import Objective
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is not a number any more; checkpoints saved before stay as they are."""
+    """The loss or its gradient is not a number any more; checkpoints saved before stay as they
+    are, and no weight has been touched by it."""
 
 
 class ConversionTrainer(CheckpointingTrainer):
@@ -82,12 +84,12 @@ class ConversionTrainer(CheckpointingTrainer):
             num_items_in_batch: the counts from `get_batch_samples`.
 
         Raises:
-            TrainingDivergedError: the loss is NaN or infinite, in any process; no weight has been
-                touched by it.
+            TrainingDivergedError: the loss is NaN or infinite, in any process.
         """
         losses: TokenLosses = model(inputs)
         loss = self._share(losses, inputs, num_items_in_batch)
-        self._check_finite(loss)
+        # All processes stop at the same step: one alone would leave the others waiting.
+        self._check_finite("the loss", self.accelerator.reduce(loss.detach(), "sum"))
         self._observe(losses, inputs)
         loss = loss * self.accelerator.num_processes
         return (loss, losses) if return_outputs else loss
@@ -100,12 +102,21 @@ class ConversionTrainer(CheckpointingTrainer):
             loss = loss + self.objective.ar_loss_weight * mean
         return loss
 
-    def _check_finite(self, loss: Tensor) -> None:
-        """Stop all processes at the same step: one alone would leave the others waiting."""
-        total = self.accelerator.reduce(loss.detach(), "sum")
-        if not torch.isfinite(total):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradients, of all processes, before the optimizer sees them.
+
+        Raises:
+            TrainingDivergedError: it is NaN or infinite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        total = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        self._check_finite("the norm of the gradients", total)
+        return norm
+
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
             raise TrainingDivergedError(
-                f"the loss became {total.item()} at step {self.state.global_step}; "
+                f"{name} became {value.item()} at step {self.state.global_step}; "
                 f"the last good checkpoint is kept in {self.args.output_dir}"
             )
 
