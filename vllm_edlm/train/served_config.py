@@ -95,7 +95,11 @@ def checkpoint_config(config: Any, objective: Objective, dtype: torch.dtype) -> 
 
 
 def prompt_attention(objective: Objective) -> str:
-    """How the model saw prompts in training, in serving's words."""
+    """How the model saw prompts in training, in serving's words.
+
+    Of a bidirectional model that is not all: in training a prompt saw its answer, too. A served one
+    has been run before there is an answer, as by the reference decoder with its cache.
+    """
     if objective.ar_loss_weight > 0:
         return "causal_grid"
     return "bidirectional" if objective.pattern == "bidirectional" else "block_causal"
