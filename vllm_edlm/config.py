@@ -164,7 +164,6 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV connectors": vllm_config.kv_transfer_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "dual-batch overlap": parallel.enable_dbo,
@@ -181,18 +180,20 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     for feature, wanted in refused.items():
         if wanted:
             raise ValueError(f"{feature} is not supported yet for block-diffusion models")
-    _refuse_async(options)
+    _refuse_async(options, parallel.pipeline_parallel_size)
     _check_token_budgets(vllm_config, options.block_length)
 
 
-def _refuse_async(options: Options) -> None:
+def _refuse_async(options: Options, num_stages: int) -> None:
     """Refuse what lies differently in a step that commits a block and in one that denoises it:
     with async scheduling it is not known beforehand which of the two a step is. Nor is the
-    count of steps known by which a block's length may still be chosen."""
+    count of steps known by which a block's length may still be chosen. And a pipeline's first
+    stage has the last one's canvases only when its step is done."""
     refused = {
         "a model with token shift": options.token_shift,
         f"prompt_attention {options.prompt_attention!r}": options.has_causal_past,
         "adaptive_canvas": options.adaptive_canvas is not None,
+        "pipeline parallelism": num_stages > 1,
     }
     for feature, wanted in refused.items():
         if options.async_scheduling and wanted:

@@ -13,9 +13,12 @@ from vllm_edlm.compat.vllm_api import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     WeightsMapper,
+    get_pp_group,
+    is_pp_missing_parameter,
 )
 from vllm_edlm.model_state import BlockDiffusionModelState
 from vllm_edlm.options import served_options
+from vllm_edlm.stage_model_state import StageModelState
 
 # Some releases name the decoder `encoder` and its head `diffusion_head`.
 RELEASED_NAMES = WeightsMapper(
@@ -43,6 +46,8 @@ class BlockDiffusionMixin(_Decoder):
     def get_model_state_cls(self) -> type[BlockDiffusionModelState]:
         """State class of Model Runner V2 for this model."""
         install_cpu_kernels()
+        if not get_pp_group().is_last_rank:
+            return StageModelState
         is_async = served_options(self.config).async_scheduling
         return AsyncModelState if is_async else BlockDiffusionModelState
 
@@ -107,6 +112,8 @@ class BlockDiffusionMixin(_Decoder):
             if plain_name.rsplit(".", 1)[-1] in KV_SCALES:
                 yield plain_name, tensor
                 continue
+            if is_pp_missing_parameter(plain_name, self):
+                continue  # It belongs to another stage of the pipeline.
             if plain_name not in missing:
                 raise ValueError(f"the checkpoint's tensor {name} is not part of the model")
             missing.remove(plain_name)

@@ -147,6 +147,9 @@ class BlockDiffusionModelState(ModelState):
         total[step.slots] = torch.where(denoises, step.known.to(total.dtype), total[step.slots])
         # The scheduler keeps each canvas, so that preemption loses no revealed token.
         input_batch.has_structured_output_reqs = True
+        # vLLM spares a pipeline the outcome of a prompt's last step where one token is left to
+        # generate: it takes that step to sample it.
+        input_batch.max_seq_len_np = None
 
     def _write_input_ids(
         self, step: Step, input_batch: InputBatch, req_states: RequestState

@@ -115,7 +115,7 @@ def test_bad_diffusion_config(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"pipeline_parallel_size": 2, "async_scheduling": True}, "async.*pipeline parallelism"),
         ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
     ],

@@ -2,11 +2,12 @@
 
 from vllm import _custom_ops as custom_ops
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper, is_pp_missing_parameter
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
@@ -75,5 +76,7 @@ __all__ = [
     "build_attn_metadata",
     "compute_topk_scores",
     "custom_ops",
+    "get_pp_group",
     "gumbel_sample",
+    "is_pp_missing_parameter",
 ]
