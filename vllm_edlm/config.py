@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_edlm.adaptive import DEFAULT_BUDGET
+from vllm_edlm.compat import ray_executor
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
@@ -156,6 +157,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     install_request_checks()
     install_stat_logger()
     use_model_runner_v2(vllm_config)
+    ray_executor.use_cpu_workers(vllm_config)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
@@ -164,6 +166,9 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV connectors": vllm_config.kv_transfer_config is not None,
+        "pipeline parallelism over the legacy Ray executor": (
+            parallel.pipeline_parallel_size > 1 and ray_executor.is_legacy(vllm_config)
+        ),
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "dual-batch overlap": parallel.enable_dbo,

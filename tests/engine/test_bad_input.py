@@ -11,6 +11,7 @@ from harness import MAX_MODEL_LEN, SMALL_ENGINE, Ask, Engine, Served, prompt
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.executor.ray_executor import RayDistributedExecutor
 
 
 def assert_not_loaded(path: Path, tensor: str) -> None:
@@ -116,6 +117,13 @@ def test_bad_diffusion_config(
     ("options", "named"),
     [
         ({"pipeline_parallel_size": 2, "async_scheduling": True}, "async.*pipeline parallelism"),
+        (
+            {
+                "pipeline_parallel_size": 2,
+                "distributed_executor_backend": RayDistributedExecutor,
+            },
+            "pipeline parallelism.*legacy Ray",
+        ),
         ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
     ],
