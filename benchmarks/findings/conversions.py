@@ -14,7 +14,7 @@ from vllm_edlm.train.recipe import Recipe
 STEPS = 300
 BATCH = 32
 ROW_LENGTH = 32  # tokens of a question with its answer
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 2e-3
 BLOCK_LENGTH = 8
 
 

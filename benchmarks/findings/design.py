@@ -22,13 +22,13 @@ class Arm:
     Attributes:
         conversion: with the first seed.
         points: where it is measured.
-        paper: the paper's figures, by tokens per forward as they stand there.
+        paper: the paper's figures, for the first points in order.
     """
 
     label: str
     conversion: Conversion
     points: tuple[Point, ...]
-    paper: str | None = None
+    paper: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ class Finding:
     drift: bool = False
 
 
-def points(block_length: int, parallel: tuple[int, ...] = PARALLEL) -> tuple[Point, ...]:
+def points(
+    block_length: int, parallel: tuple[int, ...] = PARALLEL, prompt: str | None = None
+) -> tuple[Point, ...]:
     """One block length at every parallelism that it allows."""
-    return tuple(Point(block_length, p) for p in parallel if p <= block_length)
+    return tuple(Point(block_length, p, prompt) for p in parallel if p <= block_length)
 
 
 def with_seed(conversion: Conversion, seed: int) -> Conversion:

@@ -1,4 +1,4 @@
-"""The AR parent of all conversions: a stock Qwen3 of half a million parameters."""
+"""The AR parent of all conversions: a stock Qwen3 of 0.16 million parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = 0
 
 
 def config(vocabulary: int, end: int, pad: int) -> Qwen3Config:
-    """Three layers, hidden size 128."""
+    """Three layers, hidden size 64."""
     return Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=64,

@@ -10,10 +10,17 @@ from benchmarks.findings.task import Item
 
 
 class Point(NamedTuple):
-    """Where a model is measured: block length of the requests, tokens that a step reveals."""
+    """Where a model is measured.
+
+    Attributes:
+        block_length: of the requests.
+        parallel: tokens that a step reveals.
+        prompt: how prompts attend; None: as the model's export says.
+    """
 
     block_length: int
     parallel: int
+    prompt: str | None = None
 
     @property
     def extra_args(self) -> dict[str, Any]:

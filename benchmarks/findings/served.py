@@ -44,22 +44,23 @@ class Engines:
     """One engine for each kind of model, started when its first model comes."""
 
     running: dict[tuple[str, bool], LLM] = field(default_factory=dict)
+    loaded: dict[tuple[str, bool], Path] = field(default_factory=dict)
 
-    def serve(self, model: Path, conversion: Conversion) -> LLM:
-        """An engine with the weights of a model."""
-        kind = prompt_attention(conversion), conversion.token_shift
+    def serve(self, model: Path, conversion: Conversion, prompt: str | None) -> LLM:
+        """An engine with the weights of a model; `prompt` as in `Point`."""
+        kind = prompt or exported_prompt(conversion), conversion.token_shift
         if kind not in self.running:
             self.running[kind] = _start(model, kind[0])
-        else:
+        elif self.loaded[kind] != model:
             options = {"weights_path": str(model.resolve())}
             self.running[kind].collective_rpc("reload_weights", kwargs=options)
+        self.loaded[kind] = model
         return self.running[kind]
 
 
-def prompt_attention(conversion: Conversion) -> str:
-    """As the export says it; but models with token shift are not served bidirectionally."""
-    whole = conversion.pattern == "bidirectional" and not conversion.token_shift
-    return "bidirectional" if whole else "block_causal"
+def exported_prompt(conversion: Conversion) -> str:
+    """How prompts attend by the export."""
+    return "bidirectional" if conversion.pattern == "bidirectional" else "block_causal"
 
 
 def _start(model: Path, attention: str) -> LLM:
@@ -93,8 +94,9 @@ def score_model(
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = [point for point in points if str(tuple(point)) not in known]
     if missing:
-        llm = engines.serve(model, conversion)
-        known |= {str(tuple(p)): vars(score(llm, items, p.extra_args)) for p in missing}
+        for point in missing:
+            llm = engines.serve(model, conversion, point.prompt)
+            known[str(tuple(point))] = vars(score(llm, items, point.extra_args))
         _write(cache, known)
     return {point: Score(**known[str(tuple(point))]) for point in points}
 

@@ -157,7 +157,7 @@ def test_grades() -> None:
 
 def test_tables_say_what_became_of_each_direction() -> None:
     at = Point(8, 2)
-    arms = (Arm("new", BASE, (at,), "38.41"), Arm("old", Conversion(steps=1), (at,)))
+    arms = (Arm("new", BASE, (at,), ("38.41",)), Arm("old", Conversion(steps=1), (at,)))
     claim = Claim("new beats old", (("new", at),), (("old", at),))
     finding = Finding("toy", "A toy", arms, (claim,))
     exact = {arms[0].label: (0.9, 0.8, 0.7), arms[1].label: (0.5, 0.6, 0.1)}
