@@ -57,11 +57,9 @@ class Finding:
     drift: bool = False
 
 
-def points(
-    block_length: int, parallel: tuple[int, ...] = PARALLEL, prompt: str | None = None
-) -> tuple[Point, ...]:
+def points(block_length: int, parallel: tuple[int, ...] = PARALLEL) -> tuple[Point, ...]:
     """One block length at every parallelism that it allows."""
-    return tuple(Point(block_length, p, prompt) for p in parallel if p <= block_length)
+    return tuple(Point(block_length, p) for p in parallel if p <= block_length)
 
 
 def with_seed(conversion: Conversion, seed: int) -> Conversion:

@@ -15,12 +15,10 @@ class Point(NamedTuple):
     Attributes:
         block_length: of the requests.
         parallel: tokens that a step reveals.
-        prompt: how prompts attend; None: as the model's export says.
     """
 
     block_length: int
     parallel: int
-    prompt: str | None = None
 
     @property
     def extra_args(self) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def score(llm: LLM, items: Sequence[Item], extra_args: dict[str, Any] | None) ->
 class Engines:
     """One engine for each kind of model, started when its first model comes."""
 
-    running: dict[tuple[str, bool], LLM] = field(default_factory=dict)
-    loaded: dict[tuple[str, bool], Path] = field(default_factory=dict)
+    running: dict[tuple[bool, bool], LLM] = field(default_factory=dict)
+    loaded: dict[tuple[bool, bool], Path] = field(default_factory=dict)
 
-    def serve(self, model: Path, conversion: Conversion, prompt: str | None) -> LLM:
-        """An engine with the weights of a model; `prompt` as in `Point`."""
-        kind = prompt or exported_prompt(conversion), conversion.token_shift
+    def serve(self, model: Path, conversion: Conversion) -> LLM:
+        """An engine with the weights of a model."""
+        kind = conversion.pattern == "bidirectional", conversion.token_shift
         if kind not in self.running:
-            self.running[kind] = _start(model, kind[0])
+            self.running[kind] = _start(model)
         elif self.loaded[kind] != model:
             options = {"weights_path": str(model.resolve())}
             self.running[kind].collective_rpc("reload_weights", kwargs=options)
@@ -58,19 +58,9 @@ class Engines:
         return self.running[kind]
 
 
-def exported_prompt(conversion: Conversion) -> str:
-    """How prompts attend by the export."""
-    return "bidirectional" if conversion.pattern == "bidirectional" else "block_causal"
-
-
-def _start(model: Path, attention: str) -> LLM:
+def _start(model: Path) -> LLM:
     with in_this_process():
-        return LLM(
-            model=str(model),
-            diffusion_config=DIFFUSION,
-            additional_config={"edlm": {"prompt_attention": attention}},
-            **ENGINE_ARGS,
-        )
+        return LLM(model=str(model), diffusion_config=DIFFUSION, **ENGINE_ARGS)
 
 
 def score_parent(model: Path, items: Sequence[Item], cache: Path) -> Score:
@@ -94,8 +84,8 @@ def score_model(
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = [point for point in points if str(tuple(point)) not in known]
     if missing:
+        llm = engines.serve(model, conversion)
         for point in missing:
-            llm = engines.serve(model, conversion, point.prompt)
             known[str(tuple(point))] = vars(score(llm, items, point.extra_args))
         _write(cache, known)
     return {point: Score(**known[str(tuple(point))]) for point in points}
