@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,10 +91,15 @@ def batch(
 
 
 def _check_options(model: str, defaults: Row, engine_args: Row) -> None:
-    """Refuse what would be an error of every row."""
+    """Refuse what no engine would start with, and what would be an error of every row."""
+    from vllm import AsyncEngineArgs
+
+    for name in engine_args.keys() - {field.name for field in fields(AsyncEngineArgs)}:
+        raise ValueError(f"--engine-args: vLLM has no engine argument {name!r}")
     names = (*OPTIONS, *(name for name in defaults if name.startswith("diffusion_")))
     check_keys(defaults, names, "--defaults")
-    length = engine_args.get("diffusion_config", {}).get("canvas_length")
+    diffusion = engine_args.get("diffusion_config")
+    length = diffusion.get("canvas_length") if isinstance(diffusion, dict) else None
     served = checkpoint_options(model, block_length=length)
     request_options(sampling_of(defaults)["extra_args"], served)
 
