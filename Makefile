@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format bench tiny-math tiny-math-figures clean
+.PHONY: setup demo test lint format bench soak tiny-math tiny-math-figures findings capacity clean
 
 setup: $(READY)
 
@@ -41,6 +41,18 @@ tiny-math: setup
 # Measures both models as served by vLLM, into examples/checkpoints/tiny-math.
 tiny-math-figures: setup
 	PYTHON=$(BIN)/python examples/convert/evaluate.sh
+
+# Reproduces the paper's findings in miniature: half an hour of one core; goes on where it stopped.
+findings: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.findings
+
+# Mixed traffic at twice the capacity for half an hour: nothing wrong, stuck or leaking.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
+
+# Writes benchmarks/capacity.md from benchmarks/results.
+capacity: setup
+	$(BIN)/edlm capacity
 
 clean:
 	rm -rf $(VENV) build *.egg-info

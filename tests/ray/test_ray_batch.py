@@ -149,7 +149,7 @@ def test_killed_and_started_again(
     rows = list(good)
     for place, (row, _) in BAD.items():
         rows.insert(place, {"id": -place, **row})
-    rows.insert(LONG, {"id": "long", **good[0], "max_tokens": 2**40})
+    rows.insert(LONG, {**good[0], "id": "long", "max_tokens": 2**40})
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (source := tmp_path / "in.jsonl").write_text("\n".join([*lines, "no JSON"]))
     words = command(source, output := tmp_path / "out", "--rows-per-shard", "2")
