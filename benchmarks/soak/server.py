@@ -26,7 +26,7 @@ MIB = 2**20
 FLAGS = (
     *("--dtype", "float32", "--max-num-seqs", str(MAX_SEQS)),
     *("--max-num-queued-reqs", str(MAX_QUEUED), "--kv-cache-memory-bytes", str(8 * MIB)),
-    *("--block-size", "16"),
+    *("--block-size", "32"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 # The engine has one core, the API server and the client of two-core machines the other.
