@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from checkpoints import EOS_ID, MASK_ID, VOCABULARY, CheckpointSpec, tokenizer
 from openai import AsyncOpenAI, OpenAI
 from oracle import OracleResult, generate
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from examples.demo import TINY_MATH, free_port, wait_until_healthy
 
 MAX_MODEL_LEN = 250
+STOP_SECONDS = 120
 NAME = "random"
 TINY_NAME = "tiny-math"
 EDLM_OPTIONS = {"prompt_attention": "block_causal", "threshold": 0.7}
@@ -145,7 +147,20 @@ def server_process(
             wait_until_healthy(server, address := f"http://127.0.0.1:{port}", log)
             yield server, address
         finally:
-            server.terminate()
+            stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server; one that is still starting may not hear of it, and its processes are killed."""
+    family = [] if server.poll() is not None else psutil.Process(server.pid).children(True)
+    server.terminate()
+    try:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def environment() -> dict[str, str]:
