@@ -85,7 +85,9 @@ class PromptRouter(PrefixCacheAffinityRouter):
     Ray's own raises on them while it routes, and they wait for ever.
     """
 
-    def _extract_text_from_request(self, pending_request: Any) -> str | None:
+    def _extract_text_from_request(  # type: ignore[override]
+        self, pending_request: Any
+    ) -> str | None:
         try:
             return super()._extract_text_from_request(pending_request) or None
         except ValueError:  # It has neither a prompt nor messages.
@@ -171,7 +173,7 @@ def deployment_config(options: Options) -> dict[str, Any]:
     }
     if options.prefix_routing:
         config["request_router_config"] = RequestRouterConfig(
-            request_router_class=PromptRouter,
+            request_router_class=PromptRouter,  # type: ignore[arg-type]
             # A replica that is busier than another by so much is spared.
             request_router_kwargs={
                 "imbalanced_threshold": options.target_requests,
