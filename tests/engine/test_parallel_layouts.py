@@ -97,9 +97,9 @@ def test_several_requests_at_once(engine: Engine, seed: int) -> None:
 @pytest.mark.parametrize("room", [1, 2, 20])
 def test_few_tokens_take_several_steps(engine: Engine, room: int) -> None:
     """The first step of a request that wants one token need not be its last."""
-    asks = [Ask(prompt(13 + i, seed=910 + i), max_tokens=room, threshold=1.0) for i in range(3)]
+    asks = [Ask(prompt(9 + i, seed=910 + i), max_tokens=room, threshold=1.0) for i in range(3)]
     expected = engine.assert_exact(asks)
-    assert any(oracle.denoise_steps[0] > 1 for oracle in expected)
+    assert all(oracle.denoise_steps[0] > 1 for oracle in expected)
 
 
 def test_a_long_prompt_runs_in_chunks(engine: Engine) -> None:
