@@ -20,6 +20,7 @@ from oracle import OracleResult, generate
 from oracle_model import OracleModel
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.serve.context import _set_global_client
 from ray.serve.schema import ReplicaState
 from transformers import AutoTokenizer
 
@@ -124,6 +125,11 @@ def running_replicas() -> int:
     """Replicas of the model that Serve says are running."""
     deployment = serve.status().applications[APP].deployments[DEPLOYMENT]
     return deployment.replica_states.get(ReplicaState.RUNNING, 0)
+
+
+def forget_controller() -> None:
+    """Have this process look for Serve's controller again: it would go on asking an ended one."""
+    _set_global_client(None)
 
 
 def _workers(node: Any) -> list[psutil.Process]:

@@ -25,6 +25,7 @@ from serve_cluster import (
     QUESTIONS,
     Service,
     expected,
+    forget_controller,
     running,
     running_replicas,
     service,
@@ -234,6 +235,7 @@ def prefix_routed(served: Service, tmp_path_factory: pytest.TempPathFactory) -> 
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     # In place of the node that was killed; the router has a process of its own.
     started(lambda: served.cluster.add_node(wait=False, **NODE, num_cpus=2))
+    forget_controller()
     with running(served.cluster, folder / "log", command, port) as service:
         service.wait_for(lambda: _answers(service) and running_replicas() == 2, "start")
         yield service
