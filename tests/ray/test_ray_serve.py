@@ -259,16 +259,6 @@ def test_prompts_go_where_their_beginning_is_cached(prefix_routed: Service) -> N
         assert cached[1]["cached_tokens"] >= 64, name
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 4}),
-        ("/tokenize", {"prompt": "Tom"}),
-        ("/detokenize", {"tokens": [5, 6]}),
-    ],
-)
-def test_requests_without_text_are_routed(
-    prefix_routed: Service, path: str, body: dict[str, Any]
-) -> None:
-    """A prefix router has nothing to go by."""
-    assert prefix_routed.post(path, **body).status_code == 200
+def test_requests_without_text_are_routed(prefix_routed: Service) -> None:
+    """A prefix router has nothing to go by in a prompt of token ids."""
+    assert prefix_routed.post("/v1/completions", prompt=[5, 6, 7], max_tokens=4).status_code == 200
