@@ -20,7 +20,7 @@ class Load:
     Attributes:
         retries: that OpenAI's client makes when a request fails.
         ended: how each request ended: "right", "wrong", an HTTP status, "error in stream",
-            "no connection", "stuck".
+            "cut off" (a right beginning without a finish reason), "no connection", "stuck".
         failures: what the failed ones said.
     """
 
@@ -55,7 +55,8 @@ class Load:
         if answer == (text_of(wanted), wanted.finish_reason):
             return "right"
         self.failures.append(repr(answer))
-        return "wrong"
+        text, reason = answer
+        return "cut off" if reason is None and text_of(wanted).startswith(text) else "wrong"
 
 
 def unstreamed(client: OpenAI, question: str, **options: Any) -> tuple[str, str | None]:
