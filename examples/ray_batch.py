@@ -27,6 +27,7 @@ from examples.batch.rows import DEFAULTS, OPTIONS, sampling_of
 from vllm_edlm.evaluate.checkpoint import checkpoint_options
 from vllm_edlm.options import check_keys, request_options
 
+STARTS = 4
 # Of a shard whose replica died under it, as by a machine that is gone.
 RETRIES = 3
 # Shards that a replica works on together, and those that it has in all.
@@ -144,7 +145,16 @@ def _start_ray(address: str | None, num_cpus: int) -> None:
         "_node_ip_address": "127.0.0.1",
     }
     where = {"address": address} if address else here
-    ray.init(**where, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
+    arguments = where | {"runtime_env": {"env_vars": environment}}
+    for tries_left in reversed(range(STARTS)):
+        try:
+            ray.init(**arguments, logging_level=logging.WARNING)
+            return
+        except Exception as error:
+            ray.shutdown()
+            # Ray gives a machine 30 s, which a busy one may exceed, and has no type for that.
+            if not tries_left or "timed out during startup" not in str(error):
+                raise ValueError(f"Ray does not start: {error}") from error
 
 
 def _has_gpus() -> int:
