@@ -6,10 +6,9 @@ whole or not at all; the same command started again, after whatever end, does wh
 Usage: python -m examples.ray_batch MODEL INPUT OUTPUT [--replicas N] ...
 """
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -25,6 +24,7 @@ from examples.batch.formats import FORMATS, Row, unfinished_shards
 from examples.batch.output import digest, done_shards, open_output
 from examples.batch.rows import DEFAULTS, OPTIONS, sampling_of
 from vllm_edlm.evaluate.checkpoint import checkpoint_options
+from vllm_edlm.jsonl import json_object
 from vllm_edlm.options import check_keys, request_options
 
 STARTS = 4
@@ -66,8 +66,8 @@ def batch(
 ) -> None:
     """Answer every row of a file: rows in; rows, answer, finish reason, tokens and forwards out."""
     with _reported_errors():
-        options = DEFAULTS | _json_object("--defaults", defaults)
-        arguments = _json_object("--engine-args", engine_args)
+        options = DEFAULTS | json_object("--defaults", defaults)
+        arguments = json_object("--engine-args", engine_args)
         _check_options(model, options, arguments)
         manifest = _manifest(model, source, rows_per_shard, prefix) | {
             "defaults": options,
@@ -209,16 +209,6 @@ def _follow(shards: ray.data.Dataset, num_rows: int, todo: int) -> None:
             total = {name: count + shard[name] for name, count in total.items()}
             bar.set_postfix(total, refresh=False)
             bar.update(shard["rows"])
-
-
-def _json_object(name: str, text: str) -> Row:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a JSON object: {error}") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a JSON object, got {text}")
-    return dict(value)
 
 
 @contextmanager

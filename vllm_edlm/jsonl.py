@@ -1,4 +1,4 @@
-"""Reading JSONL, a JSON value a line, with the number of every line."""
+"""Reading JSON that people write: JSONL, with the number of every line, and objects as options."""
 
 import json
 from collections.abc import Iterator
@@ -36,3 +36,18 @@ def _parse(text: str, place: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object that an option of the command line holds.
+
+    Raises:
+        ValueError: it holds none; the message names the option.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {text}")
+    return value

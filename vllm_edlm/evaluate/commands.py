@@ -1,6 +1,5 @@
 """The commands of `edlm eval`. What they need is imported when they run, so that help is quick."""
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_edlm.evaluate.questions import Grader, Match, read_questions
+from vllm_edlm.jsonl import json_object
 
 if TYPE_CHECKING:
     from vllm_edlm.bench.report import Table
@@ -82,7 +82,7 @@ def accuracy(
     with _reported_errors():
         from vllm_edlm.evaluate.checkpoint import check_autoregressive
 
-        arguments = _engine_args(engine_args)
+        arguments = json_object("--engine-args", engine_args)
         served_length, cells = _grid(model, reveal, threshold, block_length, max_steps)
         if ar is not None:
             check_autoregressive(ar)
@@ -127,7 +127,7 @@ def order(
     """When each position of a block is revealed: mask-order statistics."""
     with _reported_errors():
         prompts = [question.prompt for question in read_questions(data, limit)]
-        arguments = _engine_args(engine_args)
+        arguments = json_object("--engine-args", engine_args)
         served_length, cells = _grid(model, reveal, threshold, block_length, max_steps)
         from vllm_edlm.evaluate.order import order_table
 
@@ -157,16 +157,6 @@ def _reported_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         typer.echo(f"error: {error}; pip install 'vllm-edlm[eval]'", err=True)
         raise typer.Exit(1) from error
-
-
-def _engine_args(text: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--engine-args must be a JSON object: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError(f"--engine-args must be a JSON object, got {text}")
-    return arguments
 
 
 def _grid(
