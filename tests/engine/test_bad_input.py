@@ -152,11 +152,13 @@ BAD_EXTRA_ARGS = [
     ({"diffusion_reveal": "steps", "diffusion_threshold": 0.5}, "diffusion_threshold.*steps"),
     ({"diffusion_treshold": 0.5}, "diffusion_treshold"),
 ]
+MAX_TOKENS = 2**31 - 1 - MAX_MODEL_LEN
 NO_MEANING = [{"prompt_logprobs": 1}, {"thinking_token_budget": 5}]
 TOO_MUCH = [
     ({"allowed_token_ids": [7] * 1025}, "allowed_token_ids.*1024.*1025"),
     ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
     ({"min_tokens": 2**40, "max_tokens": 2**40}, f"min_tokens.*{MAX_MODEL_LEN}"),
+    ({"max_tokens": MAX_TOKENS + 1}, f"max_tokens.*{MAX_TOKENS}.*{MAX_TOKENS + 1}"),
     ({"stop_token_ids": list(range(128)), "min_tokens": 1}, "stop_token_ids.*128"),
     ({"seed": 2**70}, "seed"),
     ({"bad_words": ["ab" * 1000]}, "bad_words.*1024.*2000"),
@@ -185,6 +187,14 @@ def test_parameter_without_meaning(compiled: Engine, option: dict[str, Any]) -> 
 @pytest.mark.parametrize(("option", "named"), TOO_MUCH, ids=lambda value: str(value)[:20])
 def test_more_than_the_runner_holds(compiled: Engine, option: dict[str, Any], named: str) -> None:
     assert_refused(compiled, SamplingParams(temperature=0, **option), named)
+
+
+def test_as_many_tokens_as_the_runner_can_count(compiled: Engine) -> None:
+    """The context ends the answer."""
+    longest = {"prompt_token_ids": prompt(MAX_MODEL_LEN - 1, seed=80)}
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=MAX_TOKENS)
+    [answer] = compiled.llm.generate(longest, params, use_tqdm=False)
+    assert answer.outputs[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("rule", ["confidence", "steps"])

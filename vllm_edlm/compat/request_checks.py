@@ -24,8 +24,10 @@ from vllm_edlm.options import Options, request_options, served_options, shown
 MAX_LOGPROBS = 1024
 # What a request may only ask for where a step is planned after the last one's outcome.
 NOT_ASYNC = ("logprobs", "logprob_token_ids", "structured_outputs")
-# What goes to the engine is written with integers of 64 bits.
+# What goes to the engine is written with integers of 64 bits; the runner keeps a request's last
+# position, its prompt and max_tokens, in 32.
 MAX_INT = 2**63 - 1
+MAX_POSITION = 2**31 - 1
 
 
 def install_request_checks() -> None:
@@ -95,6 +97,7 @@ def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[
         ),
         "with min_tokens, the number of stop_token_ids": (num_stops, limits.MAX_NUM_STOP_TOKEN_IDS),
         "min_tokens": (params.min_tokens, model_config.max_model_len),
+        "max_tokens": (params.max_tokens or 0, MAX_POSITION - model_config.max_model_len),
         "logprobs": (params.logprobs or 0, MAX_LOGPROBS),
         "the magnitude of seed": (abs(params.seed or 0), MAX_INT),
         "top_k": (params.top_k, MAX_INT),
