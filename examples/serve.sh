@@ -12,6 +12,9 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 fi
 vllm="$here/../.venv/bin/vllm"
 [ -x "$vllm" ] || vllm=vllm
+# glibc would keep freed tensors in its heap, which grows for good by whatever comes to lie between
+# them. From this size on, in bytes, they go back. Other allocators, such as tcmalloc, ignore it.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1048576}"
 # exec: signals reach vLLM itself, which ends by SIGTERM.
 exec "$vllm" serve "$model" --served-model-name "$(basename "$model")" \
     --middleware vllm_edlm.api_key.RequireApiKey "$@"

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +13,10 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.demo import TINY_MATH, free_port, wait_until_healthy
+from examples.demo import free_port, wait_until_healthy
 
+# It serves tiny-math where no model is named.
+SERVE = Path(__file__).parents[2] / "examples" / "serve.sh"
 NAME = "tiny-math"
 LOG = Path("runs") / "soak-server.log"
 MAX_SEQS = 16
@@ -109,8 +110,7 @@ class Watch:
 def served() -> Iterator[Server]:
     """Serve tiny-math in fp32; yields the server once it answers."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(TINY_MATH), *FLAGS]
-    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(SERVE), *FLAGS, "--host", "127.0.0.1", "--port", str(port)]
     LOG.parent.mkdir(exist_ok=True)
     with (
         LOG.open("w") as log,
