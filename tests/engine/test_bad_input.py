@@ -191,7 +191,7 @@ def test_more_than_the_runner_holds(compiled: Engine, option: dict[str, Any], na
 
 def test_as_many_tokens_as_the_runner_can_count(compiled: Engine) -> None:
     """The context ends the answer."""
-    longest = {"prompt_token_ids": prompt(MAX_MODEL_LEN - 1, seed=80)}
+    longest = {"prompt_token_ids": list(prompt(MAX_MODEL_LEN - 1, seed=80))}
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=MAX_TOKENS)
     [answer] = compiled.llm.generate(longest, params, use_tqdm=False)
     assert answer.outputs[0].finish_reason == "length"
