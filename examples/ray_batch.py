@@ -213,6 +213,7 @@ def _follow(shards: ray.data.Dataset, num_rows: int, todo: int) -> None:
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
+    # Said before Ray is shut down: its threads may end the process then, with status 1.
     try:
         yield
     except (ValueError, OSError, RayError) as error:
