@@ -83,7 +83,7 @@ class Replica:
 
     async def _output(self, request: Request) -> RequestOutput:
         prompt, sampling = await self._rendered(request), dict(request.sampling)
-        # More would change nothing, but a length that is no integer of 32 bits ends the engine.
+        # More would change nothing, but a length that is no integer of 32 bits is refused.
         longest = self.engine.model_config.max_model_len
         sampling["max_tokens"] = min(sampling["max_tokens"], longest)
         params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
