@@ -50,17 +50,18 @@ AXES = [
 ]
 
 
+LEARNS = ("--steps", "12", "--log-steps", "4", "--learning-rate", "3e-3")
+
+
 @pytest.mark.parametrize("options", AXES, ids=lambda options: "".join(options))
 def test_every_axis_learns_and_exports_what_it_trained(
     ar_directory: Path, problem_file: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    result = run_convert(
-        ar_directory, problem_file, tmp_path / "out", *options, "--check", "--steps", "12"
-    )
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", *options, "--check", *LEARNS)
     assert result.exit_code == 0, result.output
     assert "masked tokens differ" in result.output
-    history = log_history(tmp_path / "out", 12)
-    assert history[0]["loss"] > 0
+    first, *_, last = log_history(tmp_path / "out", 12)
+    assert last["loss"] < first["loss"]
     prompt_attention = AutoConfig.from_pretrained(tmp_path / "out").prompt_attention
     expected = {"--ar-loss-weight": "causal_grid", "bidirectional": "bidirectional"}
     named = [name for option, name in expected.items() if option in options]
@@ -80,8 +81,8 @@ def test_the_loss_falls_and_the_log_says_where(
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     for line in history:
         assert line["tokens_per_second"] > 0
-        for axis in ("mask", "position"):
-            assert {f"loss/{axis}_0.00-0.25", f"loss/{axis}_0.75-1.00"} <= line.keys()
+        assert {"loss/mask_0.00-0.25", "loss/mask_0.75-1.00"} <= line.keys()
+        assert {f"loss/position_{position:02}" for position in range(16)} <= line.keys()
     assert list((tmp_path / "out/tensorboard").rglob("events.*"))
 
 
@@ -137,6 +138,8 @@ def test_a_dry_run_leaves_nothing(ar_directory: Path, problem_file: Path, tmp_pa
         (["--growth", "4,8"], "growth must name rising block lengths"),
         (["--pattern", "block_noisy", "--ar-loss-weight", "1"], "ar_loss_weight must be 0 with"),
         (["--schedule", "wsd", "--decay-ratio", "1"], "must not be more than the 8 steps"),
+        (["--warmup-steps", "9"], "warmup_steps (9) and the steps of the decay (0) must not be"),
+        (["--attention", "xformers"], "attention 'xformers' computes in bf16 alone"),
         (["--lora-rank", "1000"], "LoRA rank must be 1 to 32"),
         (["--fsdp"], "fsdp needs several processes with a GPU each, got 1 and"),
     ],
@@ -173,10 +176,59 @@ def test_missing_files_are_named(ar_directory: Path, problem_file: Path, tmp_pat
     assert "nothing" in no_model.output
 
 
-def test_the_model_is_not_overwritten(ar_directory: Path, problem_file: Path) -> None:
-    result = run_convert(ar_directory, problem_file, ar_directory)
-    assert result.exit_code == 1
-    assert "holds the model" in result.output
+def test_neither_model_nor_teacher_is_overwritten(
+    ar_directory: Path, problem_file: Path, tmp_path: Path
+) -> None:
+    own = run_convert(ar_directory, problem_file, ar_directory)
+    taught = run_convert(ar_directory, problem_file, tmp_path, "--teacher", str(tmp_path))
+    for result, role in ((own, "model"), (taught, "teacher")):
+        assert result.exit_code == 1
+        assert f"holds the {role}, which the export would replace" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (["--half-life-ratio", "0.1", "--noise", "uniform"], "--noise position"),
+        (["--decay-ratio", "0.2"], "--schedule wsd"),
+        (["--lora-alpha", "32"], "--lora-rank"),
+        (["--distillation-weight", "0.5"], "--teacher"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, options: list[str], needed: str
+) -> None:
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert f"'{options[0]}'" in result.output
+    assert f"has no meaning without {needed}" in result.output
+
+
+CHANGED = [
+    (("--pattern", "bidirectional"), "pattern 'block_clean', not 'bidirectional'"),
+    (("--steps", "12"), "steps 8, not 12"),
+    (("--learning-rate", "2e-3"), "learning_rate 0.001, not 0.002"),
+    (("--accumulate", "2"), "rows_per_step 4, not 8"),
+    (("--lora-rank", "4"), "lora_rank None, not 4"),
+]
+
+
+def test_another_recipe_does_not_go_on_from_a_conversion(
+    ar_directory: Path, problem_file: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    """Its weights would be taken for those of the recipe that was asked for."""
+    assert run_convert(ar_directory, problem_file, tmp_path / "out").exit_code == 0
+    config = (tmp_path / "out/config.json").read_bytes()
+    losses.clear()
+    for options, message in CHANGED:
+        result = run_convert(ar_directory, problem_file, tmp_path / "out", *options)
+        assert result.exit_code == 1
+        assert f"holds a conversion begun with {message}: go on with" in result.output
+    assert (tmp_path / "out/config.json").read_bytes() == config
+    free = ("--batch-size", "2", "--accumulate", "2", "--layout", "plain")
+    result = run_convert(ar_directory, problem_file, tmp_path / "out", *free)
+    assert result.exit_code == 0, result.output
+    assert losses == []
 
 
 def test_block_length_0_is_refused(ar_directory: Path, problem_file: Path, tmp_path: Path) -> None:

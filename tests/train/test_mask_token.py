@@ -80,6 +80,13 @@ def test_every_eos_is_refused_as_mask(ar_pair: tuple[PreTrainedTokenizerFast, An
             choose_mask_token(tokenizer, model, end)
 
 
+def test_ordinary_text_is_no_mask(ar_pair: tuple[PreTrainedTokenizerFast, Any]) -> None:
+    tokenizer, model = ar_pair
+    (word,) = tokenizer("7", add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match=f"mask token id {word} is '.*7', of which text is made"):
+        choose_mask_token(tokenizer, model, word)
+
+
 def test_an_untied_head_starts_as_the_embeddings_and_learns_alone(tiny_lm: Any) -> None:
     untie_head(tiny_lm)
     embeddings = tiny_lm.get_input_embeddings().weight

@@ -32,7 +32,7 @@ def prepared(ar_directory: Path, problem_file: Path, tmp_path: Path) -> Prepare:
     """The trainer of the command's defaults, but for a small model, small rows and fp32."""
     parameters = inspect.signature(command.convert).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    del defaults["check"], defaults["dry_run"]
+    del defaults["context"], defaults["check"], defaults["dry_run"]
     small = {"row_length": 128, "batch_size": 2, "steps": 40, "bf16": False, "growth": ()}
     where = {"model": str(ar_directory), "data": str(problem_file), "output": tmp_path / "out"}
 

@@ -155,7 +155,7 @@ def _reported_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:
-        typer.echo(f"error: {error}; pip install 'vllm-edlm[eval]'", err=True)
+        typer.echo(f"error: {error}; install vllm-edlm with its extra 'eval'", err=True)
         raise typer.Exit(1) from error
 
 

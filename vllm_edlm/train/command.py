@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ _result = partial(typer.Option, rich_help_panel="Result")
 
 
 def convert(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="AR model: a directory or a hub name")],
     data: Annotated[
         str,
@@ -86,7 +87,9 @@ def convert(
         Literal["cosine", "wsd"],
         _optimiser(help="after warm-up: a cosine, or constant with a decay at the end"),
     ] = "cosine",
-    warmup_steps: Annotated[int, _optimiser(min=0, help="steps up to the peak")] = 100,
+    warmup_steps: Annotated[
+        int | None, _optimiser(min=0, help="steps up to the peak; default: a tenth, 100 at most")
+    ] = None,
     min_learning_rate_ratio: Annotated[
         float, _optimiser(min=0, max=1, help="where the schedule ends, as a share of the peak")
     ] = 0.3,
@@ -137,8 +140,33 @@ def convert(
 ) -> None:
     """Convert an AR model to block diffusion by the Efficient-DLM recipe (arXiv 2512.14067)."""
     options = dict(locals())
-    del options["check"], options["dry_run"]
-    _run(options | {"growth": _lengths(growth)}, check=check, is_dry=dry_run)
+    del options["context"], options["check"], options["dry_run"]
+    _refuse_idle(context, options)
+    options["growth"] = _lengths(growth)
+    _run(options, check=check, is_dry=dry_run)
+
+
+# An option, the one that it belongs to, and the value that this must have (None: any).
+_BELONGS = (
+    ("half_life_ratio", "noise", "position"),
+    ("decay_ratio", "schedule", "wsd"),
+    ("lora_alpha", "lora_rank", None),
+    ("distillation_weight", "teacher", None),
+)
+
+
+def _refuse_idle(context: typer.Context, options: dict[str, Any]) -> None:
+    """Refuse an option that was given where it changes nothing."""
+    for name, other, value in _BELONGS:
+        source = context.get_parameter_source(name)
+        idle = options[other] is None if value is None else options[other] != value
+        if idle and source is not None and source.name != "DEFAULT":
+            needed = _flag(other) + (f" {value}" if value else "")
+            raise typer.BadParameter(f"has no meaning without {needed}", param_hint=_flag(name))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _lengths(growth: str) -> tuple[int, ...]:
@@ -151,21 +179,32 @@ def _lengths(growth: str) -> tuple[int, ...]:
 
 
 def _run(options: dict[str, Any], check: bool, is_dry: bool) -> None:
-    from rich import print as show
-
-    from vllm_edlm.train import convert
-    from vllm_edlm.train.checkpoints import CheckpointError
-    from vllm_edlm.train.plan import render
-    from vllm_edlm.train.recipe import Recipe
-    from vllm_edlm.train.trainer import TrainingDivergedError
+    try:
+        from vllm_edlm.train import convert
+        from vllm_edlm.train.checkpoints import CheckpointError
+        from vllm_edlm.train.recipe import Recipe
+        from vllm_edlm.train.trainer import TrainingDivergedError
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; install vllm-edlm with its extra 'train'", error)
 
     try:
         if is_dry:
-            plan = convert.dry_run(Recipe(**options))
-            if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
-                show(render(plan))
+            _show(convert.dry_run(Recipe(**options)))
         elif report := convert.convert(Recipe(**options), check_export=check):
             typer.echo(report)
     except (ValueError, TrainingDivergedError, CheckpointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        _fail(str(error), error)
+
+
+def _show(plan: Any) -> None:
+    from rich import print as show
+
+    from vllm_edlm.train.plan import render
+
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
+        show(render(plan))
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1) from error

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_edlm.train.attention import implementation
+from vllm_edlm.train.begun import check_begun, record_begun
 from vllm_edlm.train.check import Check, check
 from vllm_edlm.train.checkpoints import last_checkpoint, steps_done
 from vllm_edlm.train.documents import Source, read_documents
@@ -41,8 +42,9 @@ def convert(recipe: Recipe, check_export: bool = False) -> Check | None:
         With `check_export`, and in the main process: how the export compares to the trained model.
 
     Raises:
-        ValueError: an option, the data or the model does not fit; the message names it. Or the
-            export does not compute what the trained model does.
+        ValueError: an option, the data or the model does not fit, or `output` holds a conversion by
+            another recipe; the message names it. Or the export does not compute what the trained
+            model does.
         TrainingDivergedError: the loss became NaN or infinite.
         CheckpointError, OSError: a checkpoint or the export cannot be written.
     """
@@ -77,6 +79,7 @@ def prepare(recipe: Recipe) -> tuple[ConversionTrainer, Any]:
     arguments = training_arguments(recipe)
     if arguments.process_index > 0:
         disable_progress_bar()  # one process shows what all of them do
+    check_begun(recipe, arguments.world_size)
     attention = implementation(recipe.attention, arguments.device)
     tokenizer = _load_tokenizer(recipe)
     rows = _rows(recipe, tokenizer)
@@ -93,8 +96,11 @@ def prepare(recipe: Recipe) -> tuple[ConversionTrainer, Any]:
 
 def _load_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer, once it is clear that the model can be converted, and where to."""
-    if recipe.output.resolve() == Path(recipe.model).resolve():
-        raise ValueError(f"output {recipe.output} holds the model, which the export would replace")
+    for role, place in (("model", recipe.model), ("teacher", recipe.teacher)):
+        if place is not None and recipe.output.resolve() == Path(place).resolve():
+            raise ValueError(
+                f"output {recipe.output} holds the {role}, which the export would replace"
+            )
     try:
         config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
         check_convertible(config)
@@ -154,6 +160,8 @@ def train(trainer: ConversionTrainer, recipe: Recipe) -> Any:
         The trained causal LM, its weights whole; None in processes other than the main one.
     """
     checkpoint = last_checkpoint(recipe.checkpoints)
+    if trainer.is_world_process_zero():
+        record_begun(recipe, trainer.args.world_size)
     if checkpoint and steps_done(checkpoint) >= recipe.steps:
         # Stopped between the last step and the export: Trainer would take one step too many.
         load_model(trainer.model, checkpoint / "model.safetensors")

@@ -39,7 +39,7 @@ def choose_mask_token(tokenizer: Any, causal_lm: Any, mask_token_id: int | None 
 
     Raises:
         ValueError: the tokenizer has more tokens than the model, the id is outside the model's
-            vocabulary, or it ends answers.
+            vocabulary, ends answers, or stands for ordinary text.
     """
     rows = causal_lm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -61,6 +61,11 @@ def choose_mask_token(tokenizer: Any, causal_lm: Any, mask_token_id: int | None 
         raise ValueError(f"mask token id {chosen} is an EOS token; choose an unused id")
     # None where the id is one of the rows that the tokenizer does not reach.
     if (token := tokenizer.convert_ids_to_tokens(chosen)) is not None:
+        if chosen not in tokenizer.added_tokens_decoder:
+            raise ValueError(
+                f"mask token id {chosen} is {token!r}, of which text is made; choose an added "
+                f"token, or a row of the model beyond the tokenizer's {len(tokenizer)}"
+            )
         tokenizer.mask_token = token
     return int(chosen)
 

@@ -50,7 +50,7 @@ class Recipe:
     accumulate: int
     learning_rate: float
     schedule: Schedule
-    warmup_steps: int
+    warmup_steps: int | None
     min_learning_rate_ratio: float
     decay_ratio: float
     weight_decay: float
@@ -70,13 +70,20 @@ class Recipe:
     dtype: Dtype
 
     def __post_init__(self) -> None:
-        """Refuse an objective that makes no sense before anything is loaded (`ValueError`)."""
+        """Refuse what makes no sense before anything is loaded (`ValueError`)."""
         self.objective(mask_token_id=0)
+        if self.attention == "xformers" and not self.bf16:
+            raise ValueError("attention 'xformers' computes in bf16 alone, not in fp32 (no-bf16)")
 
     @property
     def checkpoints(self) -> Path:
         """Where training checkpoints are kept."""
         return self.output / "checkpoints"
+
+    @property
+    def warmup(self) -> int:
+        """Steps up to the peak: as asked, else a tenth of all, 100 at most."""
+        return min(100, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def export_dtype(self) -> torch.dtype:
@@ -116,7 +123,7 @@ class Recipe:
             "row length": self.row_length,
             "learning rate": self.learning_rate,
             "schedule": self.schedule,
-            "warm-up steps": self.warmup_steps,
+            "warm-up steps": self.warmup,
             "weight decay": self.weight_decay,
             "precision": "bf16 autocast, fp32 weights" if self.bf16 else "fp32",
         }
@@ -182,21 +189,21 @@ def _check_launch(recipe: Recipe) -> None:
 def _schedule(recipe: Recipe) -> dict[str, Any]:
     """Trainer's arguments for the learning rate over the steps."""
     minimum = recipe.min_learning_rate_ratio
-    decay_steps = int(recipe.decay_ratio * recipe.steps)
-    if recipe.schedule == "cosine":
-        name, options = "cosine_with_min_lr", {"min_lr_rate": minimum}
-    elif recipe.warmup_steps + decay_steps <= recipe.steps:
-        name = "warmup_stable_decay"
-        options = {"num_decay_steps": decay_steps, "min_lr_ratio": minimum}
-    else:
+    decay_steps = int(recipe.decay_ratio * recipe.steps) if recipe.schedule == "wsd" else 0
+    if recipe.warmup + decay_steps > recipe.steps:
         raise ValueError(
-            f"warmup_steps ({recipe.warmup_steps}) and the steps of the decay ({decay_steps}) "
+            f"warmup_steps ({recipe.warmup}) and the steps of the decay ({decay_steps}) "
             f"must not be more than the {recipe.steps} steps"
         )
+    if recipe.schedule == "cosine":
+        name, options = "cosine_with_min_lr", {"min_lr_rate": minimum}
+    else:
+        name = "warmup_stable_decay"
+        options = {"num_decay_steps": decay_steps, "min_lr_ratio": minimum}
     return {
         "lr_scheduler_type": name,
         "lr_scheduler_kwargs": options,
-        "warmup_steps": recipe.warmup_steps,
+        "warmup_steps": recipe.warmup,
     }
 
 
@@ -205,7 +212,8 @@ def _reports(recipe: Recipe) -> list[str]:
         return []
     if find_spec("tensorboard") is None:
         raise ValueError(
-            "log_to 'tensorboard' needs the package tensorboard: pip install 'vllm-edlm[train]'"
+            "log_to 'tensorboard' needs the package tensorboard: install vllm-edlm with its extra "
+            "'train'"
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(recipe.output / "tensorboard")
     return ["tensorboard"]

@@ -54,7 +54,7 @@ class ConversionTrainer(CheckpointingTrainer):
         args.remove_unused_columns = False
         collator = JointCollator(objective, args.max_steps, self.rows_per_step)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator)
-        self._bands = LossBands(self.args.device)
+        self._bands = LossBands(objective.block_length, self.args.device)
         self._rows_since_log = 0
         self._time_of_log: float | None = None
 
@@ -125,7 +125,7 @@ class ConversionTrainer(CheckpointingTrainer):
         step, steps = self.state.global_step, self.args.max_steps
         block_length = self.objective.block_length_at(step, steps)
         position = inputs["position_ids"][masked] % block_length
-        self._bands.update(losses.masked, inputs["p_mask"][masked], position, block_length)
+        self._bands.update(losses.masked, inputs["p_mask"][masked], position)
         self._rows_since_log += len(masked)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

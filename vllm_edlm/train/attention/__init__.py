@@ -56,7 +56,8 @@ def _require_device(attention: str, device: torch.device, allowed: tuple[str, ..
 def _require_xformers() -> None:
     if find_spec("xformers") is None:
         raise ValueError(
-            "attention 'xformers' needs the package xformers: pip install 'vllm-edlm[xformers]'"
+            "attention 'xformers' needs the package xformers: install vllm-edlm with its extra "
+            "'xformers'"
         )
 
 
