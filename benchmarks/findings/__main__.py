@@ -30,7 +30,7 @@ def main(
 
     if train:
         train_all(runs)
-    write_tables(measure_all(runs), output)
+    write_tables(measure_all(runs), runs, output)
 
 
 if __name__ == "__main__":

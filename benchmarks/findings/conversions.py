@@ -16,6 +16,7 @@ BATCH = 32
 ROW_LENGTH = 32  # tokens of a question with its answer
 LEARNING_RATE = 2e-3
 BLOCK_LENGTH = 8
+LORA_SCALE = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Conversion:
         options: dict[str, Any] = {
             parameter.name: parameter.default
             for parameter in signature(command.convert).parameters.values()
-            if parameter.name not in ("check", "dry_run")
+            if parameter.name not in ("context", "check", "dry_run")
         }
         varied = dict(vars(self))
         ratio = varied.pop("half_life_ratio")
@@ -58,6 +59,8 @@ class Conversion:
             "data": str(data),
             "output": output,
             "growth": (),
+            # One scale of the adapters, alpha / rank, whatever their rank.
+            "lora_alpha": LORA_SCALE * (self.lora_rank or 1),
             "row_length": ROW_LENGTH,
             "batch_size": BATCH,
             "min_learning_rate_ratio": 0.05,

@@ -175,7 +175,8 @@ def _drift() -> Finding:
 def _tokens() -> Finding:
     at = points(BLOCK_LENGTH)
     label = {steps: f"{steps} steps" for steps in (STEPS // 4, STEPS // 2, STEPS, 2 * STEPS)}
-    half, most = label[STEPS], label[2 * STEPS]
+    doublings = [(label[steps], label[2 * steps]) for steps in (STEPS // 4, STEPS // 2, STEPS)]
+    half, most = doublings[-1]
     low, high = at[0], at[2]
     return Finding(
         "tokens",
@@ -183,10 +184,13 @@ def _tokens() -> Finding:
         tuple(Arm(name, replace(BASE, steps=steps), at) for steps, name in label.items()),
         (
             *_beats("more tokens", most, half, low, high),
-            Claim(
-                f"the last doubling gains more at high parallelism: {most} over {half}, 4 over 1",
-                ((most, high), (half, low)),
-                ((half, high), (most, low)),
+            *(
+                Claim(
+                    f"a doubling gains more at high parallelism: {more} over {less}, 4 over 1",
+                    ((more, high), (less, low)),
+                    ((less, high), (more, low)),
+                )
+                for less, more in doublings
             ),
         ),
         (
@@ -213,8 +217,10 @@ def _learning_rates() -> Finding:
             for factor, figure in paper.items()
         ),
         (
-            *_beats("not too low", label[1], label[1 / 10], *at[:3]),
-            *_beats("not too high", label[1], label[10], *at[:3]),
+            *_beats("far too low", label[1], label[1 / 10], *at[:3]),
+            *_beats("far too high", label[1], label[10], *at[:3]),
+            *_beats("too low", label[1], label[1 / 3], *at[:3]),
+            *_beats("too high", label[1], label[3], *at[:3]),
         ),
         ("Paper: 4B, 1e-6 / 3e-6 / 1e-5 / 3e-5 / 1e-4; here by about the same factors.",),
     )
@@ -235,7 +241,10 @@ def _lora() -> Finding:
             *_beats("full", full, large, *at[:3]),
             *_beats("a higher rank", large, small, *at[:3]),
         ),
-        ("Paper: 1.5B. Embeddings, norms and head train in full in every row, as there.",),
+        (
+            "Paper: 1.5B. Embeddings, norms and head train in full in every row, as there.",
+            "One learning rate for all rows, and alpha / rank of 2 for every rank.",
+        ),
     )
 
 

@@ -17,10 +17,12 @@ from vllm_edlm.train.trainer import TrainingDivergedError
 COMMAND = "python -m benchmarks.findings"
 TRAINING_ITEMS, QUESTIONS = 30000, 400
 DATA_SEED = 0
+_TRAINED_AT = "commit"
 
 
 def train_all(runs: Path) -> None:
     """The AR parent, then every conversion of the plan, seed by seed."""
+    _remember_commit(runs)
     data = runs / "train.jsonl"
     if not data.exists():
         aside = data.with_suffix(".part")
@@ -54,9 +56,17 @@ def measure_all(runs: Path) -> Measured:
     return Measured(scores, drifts, parent_score, len(questions))
 
 
-def write_tables(measured: Measured, output: Path) -> None:
+def _remember_commit(runs: Path) -> None:
+    """Of the code that the first model is trained by: later runs go on with what it left."""
+    place = runs / _TRAINED_AT
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(str(facts(COMMAND)["commit"]))
+
+
+def write_tables(measured: Measured, runs: Path, output: Path) -> None:
     """One table a finding, and one of all directions."""
-    head = facts(COMMAND)
+    head = facts(COMMAND) | {"training begun at commit": (runs / _TRAINED_AT).read_text()}
     tables = [finding_table(finding, measured) for finding in FINDINGS]
     for table in (*tables, directions_table(FINDINGS, measured)):
         for path in write(table, head, output):

@@ -83,45 +83,47 @@ def directions_table(findings: Sequence[Finding], measured: Measured) -> Table:
 def _rows(arm: Arm, measured: Measured) -> list[Row]:
     rows: list[Row] = []
     for point, paper in zip_longest(arm.points, arm.paper):
-        scores = list(_by_seed(arm, measured.scores, point).values())
+        scores = _by_seed(arm, measured.scores, point)
         if scores:
             rows.append(_row(arm, point, scores) | {"paper (%)": paper})
     return rows
 
 
-def _row(arm: Arm, point: Point, scores: Sequence[Score]) -> Row:
+def _row(arm: Arm, point: Point, scores: Mapping[int, Score]) -> Row:
     return {
         "model": arm.label,
         "training tokens": arm.conversion.steps * BATCH * ROW_LENGTH,
         "block length": point.block_length,
         "tokens per step": point.parallel,
-        "tokens per forward": mean(score.tokens_per_forward for score in scores),
-        **_spread("right answers", [score.exact for score in scores]),
-        **_spread("right states", [score.states for score in scores]),
-        "seeds": len(scores),
+        "tokens per forward": mean(score.tokens_per_forward for score in scores.values()),
+        **_of_seeds("right answers", {seed: score.exact for seed, score in scores.items()}),
+        **_of_seeds("right states", {seed: score.states for seed, score in scores.items()}),
     }
 
 
 def _drift_rows(arm: Arm, measured: Measured) -> list[Row]:
     rows: list[Row] = []
     for part in (ATTENTION, FFN):
-        drifts = list(_by_seed(arm, measured.drifts, part).values())
+        drifts = _by_seed(arm, measured.drifts, part)
         if drifts:
             axes: Row = {
                 "pattern": arm.conversion.pattern,
                 "block length": arm.conversion.block_length,
                 "part": part,
             }
-            spread = _spread("mean |dW|", drifts)
-            rows.append({"model": arm.label} | axes | spread | {"seeds": len(drifts)})
+            rows.append({"model": arm.label} | axes | _of_seeds("mean |dW|", drifts))
     return rows
 
 
-def _spread(name: str, values: Sequence[float]) -> Row:
-    return {name: mean(values), f"{name} min": min(values), f"{name} max": max(values)}
+def _of_seeds(name: str, values: Mapping[int, float]) -> Row:
+    """The mean, then every seed's own figure; None for a seed whose training diverged."""
+    by_seed: Row = {f"{name}, seed {seed}": values.get(seed) for seed in SEEDS}
+    return {name: mean(values.values()), **by_seed}
 
 
-def _by_seed(arm: Arm, figures: Mapping[Conversion, Mapping[Any, Any]], where: Where) -> Any:
+def _by_seed(
+    arm: Arm, figures: Mapping[Conversion, Mapping[Any, Any]], where: Where
+) -> dict[int, Any]:
     """The figures of an arm at a place, of the seeds that have one."""
     found = {seed: figures.get(with_seed(arm.conversion, seed), {}) for seed in SEEDS}
     return {seed: at[where] for seed, at in found.items() if where in at}
