@@ -140,7 +140,8 @@ def drift_table(model: Path, ar: Path) -> Table:
     Raises:
         ValueError: a folder without weights, or models that do not fit each other.
     """
-    drifts = weight_drift(Weights(ar), Weights(model))
+    parent, converted = Weights(ar), Weights(model)
+    drifts = weight_drift(parent, converted)
     return Table(
         name="drift",
         title="Weight drift from the AR parent, layer by layer",
@@ -148,6 +149,9 @@ def drift_table(model: Path, ar: Path) -> Table:
         notes=[
             "Mean |dW|: mean absolute change of a weight. Relative: Frobenius norm of the change "
             "over that of the AR parent's weights.",
+            f"Weights as stored: {', '.join(parent.dtypes)} of the AR parent, "
+            f"{', '.join(converted.dtypes)} of the converted model. Changes below a "
+            "dtype's precision do not show: export with --dtype float32 to see small ones.",
             *_averages(drifts),
         ],
         plot=Plot(x="layer", y="mean |dW|", series=("part",)),

@@ -41,6 +41,15 @@ class Weights(Mapping[str, Tensor]):
         paths = [self._folder / file for file in files]
         return {stock_name(name): (path, name) for path in paths for name in _names(path)}
 
+    @property
+    def dtypes(self) -> list[str]:
+        """Those of the tensors, as safetensors names them, such as BF16; no tensor is read."""
+        found = set()
+        for path in {path for path, _ in self._places.values()}:
+            with safe_open(path, framework="pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return sorted(found)
+
     def __getitem__(self, name: str) -> Tensor:
         path, name_there = self._places[name]
         with safe_open(path, framework="pt") as file:
