@@ -60,7 +60,7 @@ def test_errors(error: APIError, of_good: Outcome, of_bad: Outcome) -> None:
     assert refusal(error, None) == of_bad
 
 
-def findings(outcomes: list[Outcome], late: float) -> Findings:
+def findings(outcomes: list[Outcome], late: float, until_free: float = 0.1) -> Findings:
     """Of a run with these outcomes, whose memory grows from 100 MiB to `late` MiB at half time."""
     sizes = [10 * MIB] * 10 + [100 * MIB] * 40 + [int(late * MIB)] * 50
     return Findings(
@@ -69,7 +69,7 @@ def findings(outcomes: list[Outcome], late: float) -> Findings:
         records=[Record("plain", outcome, 1.0) for outcome in outcomes],
         samples=[Sample(float(i), {API_SERVER: size}) for i, size in enumerate(sizes)],
         preemptions=0,
-        until_free=[0.1],
+        until_free=[0.1, until_free],
     )
 
 
@@ -77,6 +77,12 @@ def test_growth_after_the_warm_up() -> None:
     assert findings([Outcome.RIGHT], late=101).faults() == []
     (fault,) = findings([Outcome.RIGHT], late=103).faults()
     assert fault == "memory of API server grew by 3.00%"
+
+
+def test_kv_is_free_within_a_second() -> None:
+    assert findings([Outcome.RIGHT], late=100, until_free=0.9).faults() == []
+    (fault,) = findings([Outcome.RIGHT], late=100, until_free=1.2).faults()
+    assert fault == "KV of a client that left was free after 1.20 s only"
 
 
 def test_every_fault_is_told() -> None:
