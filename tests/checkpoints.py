@@ -51,6 +51,8 @@ class CheckpointSpec:
     attention_bias: bool = False
     seed: int = 0
     config_overrides: dict[str, object] = field(default_factory=dict)
+    generation: dict[str, object] = field(default_factory=dict)
+    """What generation_config.json says besides the end and pad tokens."""
     missing_tensor: str | None = None
     unknown_tensor: str | None = None
 
@@ -63,7 +65,8 @@ def write_checkpoint(path: Path, spec: CheckpointSpec) -> Path:
     """Write configuration, weights and tokenizer of `spec` into the new folder `path`."""
     path.mkdir(parents=True)
     _write_json(path / "config.json", configuration(spec))
-    _write_json(path / "generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": 0})
+    tokens = {"eos_token_id": EOS_ID, "pad_token_id": 0}
+    _write_json(path / "generation_config.json", tokens | spec.generation)
     tensors = {_layout_name(name, spec.layout): t for name, t in random_weights(spec)}
     if spec.missing_tensor is not None:
         del tensors[spec.missing_tensor]

@@ -7,6 +7,7 @@ emitted; what the canvas holds counts. If it holds all of the block, the step is
 Legend for shapes: S slots of the runner, N requests of the batch, B block length.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,11 @@ class AsyncBlockState(BlockState):
     """`BlockState` whose canvases [S, B] are on the device and never come back."""
 
     def __init__(
-        self, num_slots: int, options: Options, max_model_len: int, device: torch.device
+        self,
+        num_slots: int,
+        options: Options,
+        max_model_len: Callable[[], int],
+        device: torch.device,
     ) -> None:
         super().__init__(num_slots, options, max_model_len, device)
         self.canvas = self.canvas.to(device)

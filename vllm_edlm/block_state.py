@@ -8,7 +8,7 @@ Legend for shapes: S slots of the runner, N requests of the batch, B block lengt
 logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +85,17 @@ class BlockState:
     """Per-slot numbers of the requests in the runner, all arrays [S]."""
 
     def __init__(
-        self, num_slots: int, options: Options, max_model_len: int, device: torch.device
+        self,
+        num_slots: int,
+        options: Options,
+        max_model_len: Callable[[], int],
+        device: torch.device,
     ) -> None:
+        """Begin with empty slots.
+
+        Args:
+            max_model_len: asked when it is needed: vLLM may lower it after this.
+        """
         self.options = options
         self.max_model_len = max_model_len
         self.device = device
@@ -151,7 +160,7 @@ class BlockState:
             return block_length
         is_first, origin = start == NO_BLOCK, self.origin[slots]
         opens = denoises & (is_first | (known >= start + block_length))
-        limit = self.max_model_len - origin
+        limit = self.max_model_len() - origin
         full_length = self.full_length[slots]
         chosen = length_ending_at(full_length, known - origin, end - origin, limit, is_first)
         return np.where(opens, chosen, block_length)

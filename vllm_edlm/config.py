@@ -1,39 +1,37 @@
 """Configuration of the engine for block diffusion: the two hooks that vLLM calls."""
 
 import math
-from typing import Any
 
-from transformers import PretrainedConfig
-from vllm.config import DiffusionConfig, ModelConfig, VllmConfig
+import vllm.envs as envs
+from vllm.config import (
+    CompilationConfig,
+    CUDAGraphMode,
+    DiffusionConfig,
+    ModelConfig,
+    VllmConfig,
+)
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_edlm.adaptive import DEFAULT_BUDGET
 from vllm_edlm.compat import ray_executor
 from vllm_edlm.compat.request_checks import install_request_checks
 from vllm_edlm.compat.runner import use_model_runner_v2
 from vllm_edlm.compat.stat_loggers import install_stat_logger
 from vllm_edlm.family import normalise
 from vllm_edlm.options import (
-    CAUSAL_ATTENTIONS,
     PROMPT_ATTENTIONS,
-    SERVER_OPTIONS,
     Options,
     check_choice,
     check_count,
-    check_keys,
     check_mask_token_id,
     publish_options,
-    resolve_rule,
 )
+from vllm_edlm.server_options import resolve_options
 
 logger = init_logger("vllm.edlm")
 
 SCHEDULER = "vllm_edlm.scheduler.BlockDiffusionScheduler"
 ASYNC_SCHEDULER = "vllm_edlm.async_scheduler.AsyncBlockDiffusionScheduler"
-# Released checkpoints carry no word on either.
-DEFAULT_RULE = "confidence"
-DEFAULT_PROMPT_ATTENTION = "bidirectional"
 # KV pages longer than this waste memory at the end of every request.
 MAX_KV_PAGE = 256
 
@@ -60,76 +58,6 @@ def configure_model(model_config: ModelConfig) -> None:
     )
 
 
-def _prompt_attentions(config: PretrainedConfig) -> tuple[str, ...]:
-    """Modes that a model may be served in; token-causal ones only if it was trained so."""
-    if config.prompt_attention in CAUSAL_ATTENTIONS:
-        return PROMPT_ATTENTIONS
-    return tuple(mode for mode in PROMPT_ATTENTIONS if mode not in CAUSAL_ATTENTIONS)
-
-
-def resolve_options(vllm_config: VllmConfig) -> Options:
-    """Options of the served model: server options, then generation_config.json, then config.json.
-
-    Raises:
-        ValueError: an unknown key or a value out of range, named in the message.
-    """
-    hf_config = vllm_config.model_config.hf_config
-    server = _server_options(vllm_config)
-    generation = vllm_config.model_config.try_get_generation_config()
-    diffusion = vllm_config.diffusion_config
-    block_length = check_count(
-        "canvas_length (the block length)",
-        diffusion.canvas_length
-        if diffusion is not None
-        else generation.get("block_length", hf_config.block_size),
-    )
-    steps = diffusion.max_denoising_steps if diffusion is not None else None
-    if steps is None:
-        steps = generation.get("max_denoising_steps", block_length)
-    rule, threshold = resolve_rule(
-        server.get("reveal", generation.get("reveal", DEFAULT_RULE)),
-        server.get("threshold", generation.get("threshold")),
-    )
-    attention = server.get("prompt_attention") or getattr(hf_config, "prompt_attention", None)
-    return Options(
-        block_length=block_length,
-        max_steps=check_count("max_denoising_steps", steps, block_length),
-        rule=rule,
-        threshold=threshold,
-        mask_token_id=hf_config.mask_token_id,
-        prompt_attention=attention or DEFAULT_PROMPT_ATTENTION,
-        token_shift=hf_config.token_shift,
-        adaptive_canvas=_adaptive_canvas(server.get("adaptive_canvas", False)),
-        # vLLM's own default would be async wherever it can be.
-        async_scheduling=vllm_config.scheduler_config.async_scheduling is True,
-    )
-
-
-def _adaptive_canvas(value: Any) -> int | None:
-    """Budget of open positions: of the platform for true, none for false, else a number."""
-    if isinstance(value, bool):
-        default = DEFAULT_BUDGET["cpu" if current_platform.is_cpu() else "other"]
-        return default if value else None
-    try:
-        return check_count("edlm.adaptive_canvas", value)
-    except ValueError as error:
-        raise ValueError(f"{error}; or true or false") from None
-
-
-def _server_options(vllm_config: VllmConfig) -> dict[str, Any]:
-    additional = vllm_config.additional_config
-    server = additional.get("edlm", {}) if isinstance(additional, dict) else {}
-    if not isinstance(server, dict):
-        raise ValueError(f"additional_config: edlm must be an object, got {server!r}")
-    check_keys(server, SERVER_OPTIONS, "additional_config: edlm")
-    if "prompt_attention" in server:
-        allowed = _prompt_attentions(vllm_config.model_config.hf_config)
-        check_choice("edlm.prompt_attention", server["prompt_attention"], allowed)
-    if "threshold" in server or "reveal" in server:
-        resolve_rule(server.get("reveal", DEFAULT_RULE), server.get("threshold"), "edlm.")
-    return server
-
-
 def configure_engine(vllm_config: VllmConfig) -> None:
     """Set up diffusion config, scheduler, KV pages and runner (`VerifyAndUpdateConfig`).
 
@@ -149,6 +77,8 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     )
     vllm_config.scheduler_config.async_scheduling = options.async_scheduling
     vllm_config.attention_config.use_non_causal = True
+    if not current_platform.is_cpu():
+        _leave_attention_out_of_graphs(vllm_config.compilation_config)
     if options.blocks_follow_prompt:
         _switch_prefix_caching_off(vllm_config, options.prompt_attention)
     elif vllm_config.cache_config.enable_prefix_caching:
@@ -181,6 +111,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, options: Options) -> None:
         "pooling": model.runner_type == "pooling",
         "trace replay": model.enable_trace_replay,
         "a custom logits processor": bool(model.logits_processors),
+        "VLLM_COMPUTE_NANS_IN_LOGITS": envs.VLLM_COMPUTE_NANS_IN_LOGITS,
+        "long_prefill_token_threshold with prompts that run whole (bidirectional)": (
+            options.prompt_attention == "bidirectional"
+            and scheduler.long_prefill_token_threshold > 0
+        ),
     }
     for feature, wanted in refused.items():
         if wanted:
@@ -218,6 +153,16 @@ def _check_token_budgets(vllm_config: VllmConfig, block_length: int) -> None:
                 f"{name} must be at least {2 * block_length}, two blocks of {block_length} "
                 f"positions (one step may hold a complete block and the open one), got {budget}"
             )
+
+
+def _leave_attention_out_of_graphs(compilation: CompilationConfig) -> None:
+    """No full CUDA graphs, as the model state says too. It is asked late: backends would have sized
+    buffers by then for a row of attention a request, and there are more."""
+    mode = compilation.cudagraph_mode
+    if mode is None or mode.has_full_cudagraphs():
+        if mode is not None:
+            logger.info("cudagraph_mode is PIECEWISE, not %s, for block diffusion.", mode.name)
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def _switch_prefix_caching_off(vllm_config: VllmConfig, prompt_attention: str) -> None:

@@ -55,7 +55,7 @@ class BlockDiffusionModelState(ModelState):
         self.model: Any = model
         self.options = served_options(vllm_config.model_config.hf_config)
         self.blocks = self.block_state_type(
-            self.max_num_reqs, self.options, self.max_model_len, device
+            self.max_num_reqs, self.options, lambda: self.max_model_len, device
         )
         # A complete block and an open one, of every request.
         rows_per_request = self.options.block_length + 1 if self.options.has_causal_past else 2

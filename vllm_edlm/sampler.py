@@ -166,20 +166,27 @@ class BlockDiffusionSampler:
     def _choose(self, canvas: Tensor, logits: Tensor, step: Step) -> Choice:
         """Choose a token for every masked position."""
         if self.parameters.are_plain(step.layout.slots) and not self._measures(step):
-            rows = self._in_tiles(logits, self._likeliest)
+            rows = self._in_tiles(logits, self._likeliest, self._statistics_dtype(logits))
         else:
             rows = self._choose_by_parameters(canvas, logits, step)
         return Choice.placed(rows, step.rows.cell, canvas)
 
-    def _in_tiles(self, logits: Tensor, choose: Callable[[Tensor, slice], Columns]) -> Columns:
-        """What `choose` makes of every row's logits; those of one tile are gone before the next
-        tile's are computed."""
-        num_rows = len(logits)
+    def _in_tiles(
+        self, logits: Tensor, choose: Callable[[Tensor, slice], Columns], dtype: torch.dtype
+    ) -> Columns:
+        """What `choose` makes of every row's logits, which it copies as `dtype`; those of one tile
+        are gone before the next tile's are computed."""
+        num_rows, row_bytes = len(logits), dtype.itemsize * self.req_states.vocab_size
         parts = (
             choose(self._logits(logits[rows]), rows)
-            for rows in tiles(num_rows, self.req_states.vocab_size)
+            for rows in tiles(num_rows, row_bytes, on_gpu=logits.is_cuda)
         )
         return joined(parts, num_rows)
+
+    @staticmethod
+    def _statistics_dtype(logits: Tensor) -> torch.dtype:
+        """In which the statistics need a tile: a GPU's kernel reads logits as they are."""
+        return logits.dtype if logits.is_cuda else torch.float32
 
     def _logits(self, tile: Tensor) -> Tensor:
         """Logits [R, V] of a tile's rows, which are hidden states where the model defers them."""
@@ -209,7 +216,7 @@ class BlockDiffusionSampler:
                 banned.apply_(tile, rows.cell)
             return self._choose_in_tile(raw, tile, rows, step)
 
-        chosen = self._in_tiles(logits, choose)
+        chosen = self._in_tiles(logits, choose, torch.float32)
         self.parameters.count_revealed(step, -1)
         return chosen
 

@@ -9,16 +9,16 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-# Of a tile in fp32.
-TILE_BYTES = 32 * 2**20
+# Of a tile. A GPU reads the head anew for every tile, and is done with one soon.
+TILE_BYTES, GPU_TILE_BYTES = 32 * 2**20, 64 * 2**20
 
 Columns = dict[str, Tensor]
 """What rows yield: tensors [R, ...] by name."""
 
 
-def tiles(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of at most `TILE_BYTES` of logits in fp32, but of one row at least."""
-    limit = max(TILE_BYTES // (4 * vocab_size), 1)
+def tiles(num_rows: int, row_bytes: int, *, on_gpu: bool = False) -> Iterator[slice]:
+    """Slices of rows of at most `TILE_BYTES` (`GPU_TILE_BYTES`), but of one row at least."""
+    limit = max((GPU_TILE_BYTES if on_gpu else TILE_BYTES) // row_bytes, 1)
     power = 1 << (limit.bit_length() - 1)
     height = power // 2 * 3 if 2 <= power // 2 * 3 <= limit else power
     for start in range(0, num_rows, height):

@@ -13,6 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.executor.ray_executor import RayDistributedExecutor
 
+from vllm_edlm.compat.request_checks import MAX_LOGPROBS, sizes
+
 
 def assert_not_loaded(path: Path, tensor: str) -> None:
     """Start-up fails and names the tensor, under the checkpoint's name or under vLLM's."""
@@ -126,6 +128,13 @@ def test_bad_diffusion_config(
         ),
         ({"kv_sharing_fast_prefill": True}, "fast.prefill"),
         ({"max_num_batched_tokens": 15}, "max_num_batched_tokens.*16.*15"),
+        (
+            {
+                "long_prefill_token_threshold": 32,
+                "additional_config": {"edlm": {"prompt_attention": "bidirectional"}},
+            },
+            "long_prefill_token_threshold.*bidirectional",
+        ),
     ],
 )
 def test_unsupported_feature(
@@ -133,6 +142,15 @@ def test_unsupported_feature(
 ) -> None:
     args = EngineArgs(model=str(checkpoint(CheckpointSpec())), **(SMALL_ENGINE | options))
     with pytest.raises((ValueError, NotImplementedError), match=named):
+        args.create_engine_config()
+
+
+def test_counting_nans_is_refused(
+    checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    args = EngineArgs(model=str(checkpoint(CheckpointSpec())), **SMALL_ENGINE)
+    with pytest.raises(ValueError, match="VLLM_COMPUTE_NANS_IN_LOGITS is not supported"):
         args.create_engine_config()
 
 
@@ -187,6 +205,21 @@ def test_parameter_without_meaning(compiled: Engine, option: dict[str, Any]) -> 
 @pytest.mark.parametrize(("option", "named"), TOO_MUCH, ids=lambda value: str(value)[:20])
 def test_more_than_the_runner_holds(compiled: Engine, option: dict[str, Any], named: str) -> None:
     assert_refused(compiled, SamplingParams(temperature=0, **option), named)
+
+
+@pytest.mark.parametrize(("asked", "size"), [(None, 0), (5, 5), (-1, VOCABULARY_SIZE)])
+def test_the_whole_vocabulary_is_many_logprobs(
+    compiled: Engine, asked: int | None, size: int
+) -> None:
+    """vLLM lets -1 pass where `max_logprobs` is -1; the runner holds no more than so many."""
+    params = SamplingParams(temperature=0, logprobs=asked)
+    assert sizes(params, compiled.llm.model_config)["logprobs"] == (size, MAX_LOGPROBS)
+
+
+def test_a_prompt_that_goes_on_later(compiled: Engine) -> None:
+    processor = compiled.llm.llm_engine.input_processor
+    with pytest.raises(VLLMValidationError, match="Input streaming is not supported"):
+        processor.process_inputs("session", {}, SamplingParams(), ("generate",), resumable=True)
 
 
 def test_as_many_tokens_as_the_runner_can_count(compiled: Engine) -> None:

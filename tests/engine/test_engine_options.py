@@ -6,7 +6,10 @@ import pytest
 from checkpoints import CheckpointFactory, CheckpointSpec
 from harness import SMALL_ENGINE
 from vllm import EngineArgs
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+
+from vllm_edlm.config import _leave_attention_out_of_graphs
+from vllm_edlm.options import served_options
 
 
 def configured(checkpoint: CheckpointFactory, spec: CheckpointSpec, **options: Any) -> VllmConfig:
@@ -60,6 +63,7 @@ def test_prompt_mode_of_server_before_checkpoint(
         (None, (8, 8)),
         ({"canvas_length": 4}, (4, 4)),
         ({"canvas_length": 8, "max_denoising_steps": 3}, (8, 3)),
+        ({"max_denoising_steps": 3}, (8, 3)),
     ],
 )
 def test_block_length_and_steps_of_server_before_checkpoint(
@@ -67,6 +71,61 @@ def test_block_length_and_steps_of_server_before_checkpoint(
 ) -> None:
     config = configured(checkpoint, CheckpointSpec(), diffusion_config=diffusion).diffusion_config
     assert (config.canvas_length, config.max_denoising_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "diffusion", "expected"),
+    [
+        ({"block_length": 4}, None, (4, 4)),
+        ({"max_denoising_steps": 5}, None, (8, 5)),
+        ({"max_denoising_steps": 5}, {"max_denoising_steps": 3}, (8, 3)),
+        ({"block_length": 4, "max_denoising_steps": 2}, {"canvas_length": 8}, (8, 8)),
+        ({"max_denoising_steps": 6}, {"canvas_length": 4}, (4, 4)),
+    ],
+)
+def test_block_length_and_steps_of_generation_config(
+    checkpoint: CheckpointFactory,
+    generation: dict[str, object],
+    diffusion: dict[str, int] | None,
+    expected: tuple[int, int],
+) -> None:
+    """The server's go first; the checkpoint's steps are for its own block length."""
+    spec = CheckpointSpec(generation=generation)
+    config = configured(checkpoint, spec, diffusion_config=diffusion).diffusion_config
+    assert (config.canvas_length, config.max_denoising_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "server", "expected"),
+    [
+        ({}, {}, ("confidence", 0.9)),
+        ({"reveal": "entropy", "threshold": 0.3}, {}, ("entropy", 0.3)),
+        ({"threshold": 0.7}, {}, ("confidence", 0.7)),
+        ({"reveal": "margin"}, {"threshold": 0.4}, ("margin", 0.4)),
+        ({"threshold": 0.7}, {"reveal": "entropy"}, ("entropy", 0.1)),
+        ({"threshold": 0.7}, {"reveal": "steps"}, ("steps", 1.0)),
+        ({"reveal": "steps"}, {"reveal": "confidence"}, ("confidence", 0.9)),
+    ],
+)
+def test_rule_and_threshold_of_generation_config(
+    checkpoint: CheckpointFactory,
+    generation: dict[str, object],
+    server: dict[str, object],
+    expected: tuple[str, float],
+) -> None:
+    """The server's go first; the checkpoint's threshold is for its own rule."""
+    spec = CheckpointSpec(generation=generation)
+    config = configured(checkpoint, spec, additional_config={"edlm": server})
+    options = served_options(config.model_config.hf_config)
+    assert (options.rule, options.threshold) == expected
+
+
+@pytest.mark.parametrize("mode", [None, *CUDAGraphMode])
+def test_attention_is_in_no_cuda_graph(mode: CUDAGraphMode | None) -> None:
+    compilation = CompilationConfig(cudagraph_mode=mode)
+    _leave_attention_out_of_graphs(compilation)
+    none = mode == CUDAGraphMode.NONE
+    assert compilation.cudagraph_mode == (CUDAGraphMode.NONE if none else CUDAGraphMode.PIECEWISE)
 
 
 def test_no_remote_code(checkpoint: CheckpointFactory) -> None:

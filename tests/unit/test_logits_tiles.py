@@ -21,16 +21,14 @@ def test_heights() -> None:
 
 @pytest.mark.parametrize(("vocab_size", "height"), [(151_936, 48), (32_000, 256), (10**9, 1)])
 def test_the_highest_tile(vocab_size: int, height: int) -> None:
-    assert [tile.stop - tile.start for tile in tiles(2 * height + 1, vocab_size)] == [
-        height,
-        height,
-        1,
-    ]
+    for row_bytes, on_gpu in ((4 * vocab_size, False), (8 * vocab_size, True)):
+        slices = tiles(2 * height + 1, row_bytes, on_gpu=on_gpu)
+        assert [tile.stop - tile.start for tile in slices] == [height, height, 1]
 
 
 @given(num_rows=st.integers(0, 3000), vocab_size=st.integers(1, 10**7))
 def test_all_rows_once_and_bounded(num_rows: int, vocab_size: int) -> None:
-    slices = list(tiles(num_rows, vocab_size))
+    slices = list(tiles(num_rows, 4 * vocab_size))
     assert [row for tile in slices for row in range(tile.start, tile.stop)] == list(range(num_rows))
     for tile in slices:
         height = padded_height(tile.stop - tile.start)

@@ -2,8 +2,8 @@
 
 vLLM refuses a fixed list of sampling parameters for every diffusion model, temperature 0
 among them, and structured outputs, and offers a model no hook to say otherwise. The methods
-replaced here behave as before for every other architecture. Upstream shape: patches/0002 and
-patches/0003.
+replaced here behave as before for every other architecture. Upstream shape: patches/0002,
+patches/0003 and patches/0011.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import vllm.envs as envs
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_edlm.compat.replacement import replace_method
@@ -36,6 +37,7 @@ def install_request_checks() -> None:
     replace_method(SamplingParams, "_validate_structured_outputs", _validate_structured_outputs)
     replace_method(SamplingParams, "update_from_tokenizer", _update_from_tokenizer)
     replace_method(InputProcessor, "_validate_prompt_len", _validate_prompt_len)
+    replace_method(InputProcessor, "process_inputs", _process_inputs)
 
 
 def _is_ours(model_config: ModelConfig) -> bool:
@@ -98,7 +100,7 @@ def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[
         "with min_tokens, the number of stop_token_ids": (num_stops, limits.MAX_NUM_STOP_TOKEN_IDS),
         "min_tokens": (params.min_tokens, model_config.max_model_len),
         "max_tokens": (params.max_tokens or 0, MAX_POSITION - model_config.max_model_len),
-        "logprobs": (params.logprobs or 0, MAX_LOGPROBS),
+        "logprobs": (_num_logprobs(params, model_config), MAX_LOGPROBS),
         "the magnitude of seed": (abs(params.seed or 0), MAX_INT),
         "top_k": (params.top_k, MAX_INT),
         "stream_interval": (params.stream_interval or 0, MAX_INT),
@@ -109,6 +111,12 @@ def sizes(params: SamplingParams, model_config: ModelConfig) -> dict[str, tuple[
             MAX_INT,
         ),
     }
+
+
+def _num_logprobs(params: SamplingParams, model_config: ModelConfig) -> int:
+    """Of every token; -1 stands for the whole vocabulary."""
+    asked = params.logprobs or 0
+    return model_config.get_vocab_size() if asked == -1 else asked
 
 
 class _LikeAutoregressive:
@@ -147,6 +155,20 @@ def _update_from_tokenizer(
             f"bad_words must be at most {limit} tokens in all, got {num_tokens}",
             parameter="bad_words",
         )
+
+
+def _process_inputs(
+    original: Callable[..., EngineCoreRequest],
+    processor: InputProcessor,
+    *args: Any,
+    resumable: bool = False,
+    **kwargs: Any,
+) -> EngineCoreRequest:
+    """Refuse a prompt that goes on after tokens were generated: the KV of the block that these end
+    in is not final."""
+    if resumable and _is_ours(processor.model_config):
+        raise VLLMValidationError("Input streaming is not supported for block-diffusion models.")
+    return original(processor, *args, resumable=resumable, **kwargs)
 
 
 def _validate_prompt_len(
