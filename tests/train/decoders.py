@@ -50,7 +50,7 @@ def run(model: PreTrainedModel, grid: Grid, **inputs: Any) -> Tensor:
     if not inputs:
         inputs = attention_inputs(model.config._attn_implementation, grid)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(64, grid.copy.shape, generator=generator)
+    tokens = torch.randint(64, grid.copy.shape, generator=generator).to(model.device)
     output = model(input_ids=tokens, position_ids=grid.position, use_cache=False, **inputs)
     return output.last_hidden_state
 
@@ -60,6 +60,7 @@ def with_gradients(model: PreTrainedModel, grid: Grid, **inputs: Any) -> dict[st
     model.zero_grad()
     hidden = run(model, grid, **inputs)
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    weights = weights.to(model.device)
     (hidden * weights).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert any("k_proj" in name for name in gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,26 @@ def test_flex_equals_dense_in_a_model(pattern: Pattern, causal: bool, copies: in
         torch.testing.assert_close(run(model, grid), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("pattern", "causal", "copies"), LAYOUTS)
+@pytest.mark.parametrize("attention", ["flex", "sdpa", "xformers"])
+def test_every_attention_trains_alike_on_a_gpu(
+    attention: str, pattern: Pattern, causal: bool, copies: int
+) -> None:
+    if attention == "xformers":
+        pytest.importorskip("xformers", reason="xformers is not installed")
+    grid = joint_grid(ROWS, 4, pattern, causal, copies)
+    on_gpu = {
+        name: getattr(grid, name).cuda() for name in ("copy", "document", "block", "position")
+    }
+    grid, model = replace(grid, **on_gpu), tiny_model().cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = dense(model, grid)
+        model.set_attn_implementation(implementation(attention, CUDA))
+        # bf16 keeps eight bits, and sums are taken in another order.
+        torch.testing.assert_close(with_gradients(model, grid), expected, rtol=0, atol=0.03)
+
+
 def test_auto_takes_flex_where_it_trains() -> None:
     assert implementation("auto", CUDA) == implementation("flex", CUDA) == FLEX
     assert implementation("auto", CPU) == implementation("sdpa", CPU) == sdpa.NAME
@@ -157,7 +178,7 @@ def test_what_cannot_run_is_refused(attention: str, message: str) -> None:
 
 def test_xformers_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)
-    with pytest.raises(ValueError, match=r"vllm-edlm\[xformers\]"):
+    with pytest.raises(ValueError, match="install vllm-edlm with its extra 'xformers'"):
         implementation("xformers", CUDA)
 
 
