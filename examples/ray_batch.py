@@ -8,7 +8,7 @@ Usage: python -m examples.ray_batch MODEL INPUT OUTPUT [--replicas N] ...
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from examples.batch.formats import FORMATS, Row, unfinished_shards
 from examples.batch.output import digest, done_shards, open_output
-from examples.batch.rows import DEFAULTS, OPTIONS, sampling_of
+from examples.batch.rows import check_names, is_read
+from examples.batch.sampling import DEFAULTS, DIFFUSION, OPTIONS, sampling_of
 from vllm_edlm.evaluate.checkpoint import checkpoint_options
 from vllm_edlm.jsonl import json_object
-from vllm_edlm.options import check_keys, request_options
+from vllm_edlm.options import Options, check_keys, request_options
 
 STARTS = 4
 # Of a shard whose replica died under it, as by a machine that is gone.
@@ -97,12 +98,21 @@ def _check_options(model: str, defaults: Row, engine_args: Row) -> None:
 
     for name in engine_args.keys() - {field.name for field in fields(AsyncEngineArgs)}:
         raise ValueError(f"--engine-args: vLLM has no engine argument {name!r}")
-    names = (*OPTIONS, *(name for name in defaults if name.startswith("diffusion_")))
-    check_keys(defaults, names, "--defaults")
     diffusion = engine_args.get("diffusion_config")
     length = diffusion.get("canvas_length") if isinstance(diffusion, dict) else None
-    served = checkpoint_options(model, block_length=length)
-    request_options(sampling_of(defaults)["extra_args"], served)
+    _check_defaults(defaults, checkpoint_options(model, block_length=length))
+
+
+def _check_defaults(defaults: Row, served: Options) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
+
+    names = (*OPTIONS, *(name for name in defaults if name.startswith(DIFFUSION)))
+    check_keys(defaults, names, "--defaults")
+    try:
+        request_options(SamplingParams(**sampling_of(defaults)).extra_args, served)
+    except (ValueError, VLLMClientError) as error:
+        raise ValueError(f"--defaults: {error}") from error
 
 
 def _manifest(model: str, source: Path, rows_per_shard: int, prefix: str) -> Row:
@@ -112,7 +122,8 @@ def _manifest(model: str, source: Path, rows_per_shard: int, prefix: str) -> Row
     if not source.is_file():
         raise ValueError(f"input {source} does not exist")
     try:
-        num_rows = FORMATS[source.suffix].count(source, prefix)
+        num_rows = FORMATS[source.suffix].count(source)
+        _say_what_is_not_read(FORMATS[source.suffix].names(source), prefix)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if not num_rows:
@@ -124,6 +135,13 @@ def _manifest(model: str, source: Path, rows_per_shard: int, prefix: str) -> Row
         "rows_per_shard": rows_per_shard,
         "prefix": prefix,
     }
+
+
+def _say_what_is_not_read(names: Sequence[str], prefix: str) -> None:
+    # An option that is misspelt is among them.
+    check_names(names, prefix)
+    if unread := [repr(name) for name in names if not is_read(name)]:
+        typer.echo(f"not read, only passed through: {', '.join(unread)}", err=True)
 
 
 def _missing(output: Path, manifest: Row) -> int:

@@ -46,7 +46,7 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} must be a JSON object: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a JSON object, got {text}")

@@ -1,11 +1,14 @@
 """Formats of a batch: how rows are read, cut into shards, and written with what is added to them.
 
 A shard travels as bytes: rows need no common schema on their way, and those of Parquet keep theirs.
+What is passed through is written as it was read, whatever it is.
 """
 
+import codecs
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -13,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from examples.batch.rows import Result, check_names
+from examples.batch.rows import Result, check_names, is_read
 from vllm_edlm.options import shown
 
 Row = dict[str, Any]
@@ -31,18 +34,25 @@ ADDED = {
 class Format(Protocol):
     """One format; `prefix` stands before the names of what is added to rows."""
 
-    def count(self, path: Path, prefix: str) -> int:
+    def names(self, path: Path) -> list[str]:
+        """Names that all rows of a file have, or else the first one.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+
+    def count(self, path: Path) -> int:
         """Rows of a file.
 
         Raises:
-            ValueError: it cannot be read, or its rows have names of what is added.
+            ValueError: it cannot be read.
         """
 
     def shards(self, path: Path, num_rows: int) -> Iterator[bytes]:
         """The rows of a file, `num_rows` at a time; the last shard may have fewer."""
 
     def rows(self, shard: bytes, prefix: str) -> list[Row | ValueError]:
-        """The rows of a shard; an error in place of what is none."""
+        """What is read of the rows of a shard; an error in place of what cannot be."""
 
     def written(self, shard: bytes, results: Sequence[Result], prefix: str) -> bytes:
         """The output file of a shard: its rows, each with its result."""
@@ -51,15 +61,14 @@ class Format(Protocol):
 class Jsonl:
     """A JSON object a line; empty lines are skipped."""
 
-    def count(self, path: Path, prefix: str) -> int:
+    def names(self, path: Path) -> list[str]:
         with path.open("rb") as file:
-            lines = _lines(file)
-            if (first := next(lines, None)) is None:
-                return 0
-            # Any later row with such names is an error row.
-            if isinstance(row := _row(first), dict):
-                check_names(row, prefix)
-            return 1 + sum(1 for _ in lines)
+            row = _row(next(_lines(file), b"{}"))
+        return list(row) if isinstance(row, dict) else []
+
+    def count(self, path: Path) -> int:
+        with path.open("rb") as file:
+            return sum(1 for _ in _lines(file))
 
     def shards(self, path: Path, num_rows: int) -> Iterator[bytes]:
         with path.open("rb") as file:
@@ -77,15 +86,16 @@ class Jsonl:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    return (stripped for line in file if (stripped := line.strip()))
+    # Some editors begin a file with a byte order mark.
+    return (stripped for line in file if (stripped := line.removeprefix(codecs.BOM_UTF8).strip()))
 
 
 def _row(line: bytes) -> Row | ValueError:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
+        return row if isinstance(row, dict) else ValueError(f"not an object: {shown(row)}")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not valid JSON: {error}")
-    return row if isinstance(row, dict) else ValueError(f"not an object: {shown(row)}")
 
 
 def _named_row(line: bytes, prefix: str) -> Row | ValueError:
@@ -98,20 +108,22 @@ def _named_row(line: bytes, prefix: str) -> Row | ValueError:
 
 
 def _written(line: bytes, row: Row | ValueError, added: Row) -> bytes:
-    kept = row if isinstance(row, dict) else {LINE: line.decode(errors="replace")}
-    return json.dumps(kept | added).encode() + b"\n"
+    if isinstance(row, ValueError):
+        return json.dumps({LINE: line.decode(errors="replace")} | added).encode() + b"\n"
+    # The row's own text, with more before its last brace.
+    return line[:-1] + (b", " if row else b"") + json.dumps(added).encode()[1:] + b"\n"
 
 
 class Parquet:
     """A row group or many; the output has the input's schema and what is added."""
 
-    def count(self, path: Path, prefix: str) -> int:
-        try:
-            with pq.ParquetFile(path) as file:
-                check_names(file.schema_arrow.names, prefix)
-                return int(file.metadata.num_rows)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"not valid Parquet: {error}") from error
+    def names(self, path: Path) -> list[str]:
+        with _parquet(path) as file:
+            return list(file.schema_arrow.names)
+
+    def count(self, path: Path) -> int:
+        with _parquet(path) as file:
+            return int(file.metadata.num_rows)
 
     def shards(self, path: Path, num_rows: int) -> Iterator[bytes]:
         with pq.ParquetFile(path) as file:
@@ -129,7 +141,9 @@ class Parquet:
                 yield _ipc(pa.Table.from_batches(held, schema))
 
     def rows(self, shard: bytes, prefix: str) -> list[Row | ValueError]:
-        return list(_table(shard).to_pylist())
+        table = _table(shard)
+        names = [name for name in table.column_names if is_read(name)]
+        return [_cells(table, names, i) for i in range(table.num_rows)]
 
     def written(self, shard: bytes, results: Sequence[Result], prefix: str) -> bytes:
         table = _table(shard)
@@ -138,6 +152,26 @@ class Parquet:
             table = table.append_column(prefix + name, pa.array(values, kind))
         pq.write_table(table, sink := io.BytesIO())
         return sink.getvalue()
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"not valid Parquet: {error}") from error
+
+
+def _cells(table: pa.Table, names: Sequence[str], i: int) -> Row | ValueError:
+    row = {}
+    for name in names:
+        try:
+            row[name] = table[name][i].as_py()
+        except Exception as error:
+            # Arrow has values that Python has not, and many errors to say so.
+            return ValueError(f"{name} cannot be read: {type(error).__name__}: {error}")
+    return row
 
 
 def _ipc(table: pa.Table) -> bytes:

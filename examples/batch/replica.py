@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
-from vllm.exceptions import VLLMClientError
 from vllm.renderers import ChatParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -70,16 +69,18 @@ class Replica:
             if isinstance(row, ValueError):
                 raise row
             return _answered(await self._output(request_of(row, self.job.defaults)))
-        except (ValueError, VLLMClientError) as error:
-            return Result(error=str(error))
-        except EngineGenerateError as error:
-            return Result(error=f"vLLM could not answer: {error.__cause__!r}")
         except EngineDeadError:
             # Ray starts this process again and gives it its shards again; what is lost with it was
             # not written yet.
             print("The engine has died, and this process with it.", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
             raise
+        except EngineGenerateError as error:
+            return Result(error=f"vLLM could not answer: {error.__cause__!r}")
+        except Exception as error:
+            # Checks, templates and tokenizers raise what they like. It is this row's fault,
+            # whatever it is, and must not end the job.
+            return Result(error=str(error) or repr(error))
 
     async def _output(self, request: Request) -> RequestOutput:
         prompt, sampling = await self._rendered(request), dict(request.sampling)
@@ -94,15 +95,11 @@ class Replica:
 
     async def _rendered(self, request: Request) -> Any:
         renderer: Any = self.engine.renderer
-        try:
-            if request.messages is None:
-                (prompt,) = await renderer.render_cmpl_async([{"prompt": request.prompt}])
-            else:
-                chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
-                _, (prompt,) = await renderer.render_chat_async([request.messages], chat)
-        except Exception as error:
-            # Templates and tokenizers raise what they like; it is the row's fault whatever it is.
-            raise ValueError(str(error) or repr(error)) from error
+        if request.messages is None:
+            (prompt,) = await renderer.render_cmpl_async([{"prompt": request.prompt}])
+        else:
+            chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+            _, (prompt,) = await renderer.render_chat_async([request.messages], chat)
         return prompt
 
 

@@ -31,7 +31,7 @@ def jsonl(folder: Path, *lines: bytes) -> Path:
 def test_jsonl_shards(tmp_path: Path) -> None:
     lines = [json.dumps({"id": i}).encode() for i in range(7)]
     path = jsonl(tmp_path, *lines[:3], b"", b"  \r", *lines[3:])
-    assert JSONL.count(path, "") == 7
+    assert JSONL.count(path) == 7
     shards = list(JSONL.shards(path, 3))
     assert [len(JSONL.rows(shard, "")) for shard in shards] == [3, 3, 1]
     assert b"\n".join(shards) == b"\n".join(lines)
@@ -52,12 +52,24 @@ def test_jsonl_lines_that_are_no_rows() -> None:
         assert text in row["error"]
 
 
-def test_jsonl_names_are_refused_at_once(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, b'{"prompt": "a", "answer": 4}')
-    with pytest.raises(ValueError, match="'answer'"):
-        JSONL.count(path, "")
-    assert JSONL.count(path, "my_") == 1
-    assert JSONL.count(jsonl(tmp_path), "") == 0
+def test_jsonl_names(tmp_path: Path) -> None:
+    assert JSONL.names(jsonl(tmp_path, b"", b'\xef\xbb\xbf{"prompt": "a", "id": 4}')) == [
+        "prompt",
+        "id",
+    ]
+    assert JSONL.names(jsonl(tmp_path, b"no JSON")) == []
+    assert JSONL.names(jsonl(tmp_path)) == []
+    assert JSONL.count(jsonl(tmp_path)) == 0
+
+
+def test_jsonl_passes_through_what_it_is_given(tmp_path: Path) -> None:
+    huge = b'{"id": 1e3, "n": 1%s, "deep": %s, "text": "\xc3\xa4\\u00e4", "id": 2}'
+    lines = [b"{}", huge % (b"0" * 400, b"[" * 500 + b"]" * 500)]
+    (shard,) = JSONL.shards(jsonl(tmp_path, b"\xef\xbb\xbf" + lines[0], lines[1]), 2)
+    written = JSONL.written(shard, results(JSONL.rows(shard, "")), "").splitlines()
+    added = json.dumps(Result("yes", "stop", 1, 1).named("")).encode()
+    assert written == [added, lines[1][:-1] + b", " + added[1:]]
+    assert JSONL.rows(shard, "")[1] == json.loads(lines[1])
 
 
 def parquet(folder: Path, num_rows: int, row_group: int) -> pa.Table:
@@ -78,7 +90,7 @@ def test_parquet_shards(
 ) -> None:
     folder = tmp_path_factory.mktemp("parquet")
     table = parquet(folder, num_rows, row_group)
-    assert PARQUET.count(folder / "in.parquet", "") == num_rows
+    assert PARQUET.count(folder / "in.parquet") == num_rows
     written = []
     for shard in PARQUET.shards(folder / "in.parquet", per_shard):
         rows = PARQUET.rows(shard, "my_")
@@ -92,10 +104,33 @@ def test_parquet_shards(
     assert whole["my_error"].to_pylist() == [None] * num_rows
 
 
+BEYOND_PYTHON = pa.array([0, 2**62], pa.timestamp("us"))
+NO_TEXT = pa.array([b"a", b"\xff"]).view(pa.string())
+
+
+def test_parquet_passes_through_what_python_has_no_type_for(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a", "b"], "when": BEYOND_PYTHON, "raw": NO_TEXT, "n": [None, 2]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert PARQUET.names(tmp_path / "in.parquet") == table.column_names
+    (shard,) = PARQUET.shards(tmp_path / "in.parquet", 2)
+    rows = PARQUET.rows(shard, "")
+    assert rows == [{"prompt": "a", "n": None}, {"prompt": "b", "n": 2}]
+    written = pq.read_table(pa.BufferReader(PARQUET.written(shard, results(rows), "")))
+    assert written.select(table.column_names).equals(table)
+
+
+@pytest.mark.parametrize("column", [BEYOND_PYTHON, NO_TEXT])
+def test_parquet_cell_that_cannot_be_read(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"seed": column}), tmp_path / "in.parquet")
+    (shard,) = PARQUET.shards(tmp_path / "in.parquet", 2)
+    good, bad = PARQUET.rows(shard, "")
+    assert good == {"seed": column[0].as_py()}
+    assert isinstance(bad, ValueError)
+    assert "seed cannot be read" in str(bad)
+
+
 def test_parquet_refused(tmp_path: Path) -> None:
     (path := tmp_path / "in.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(ValueError, match="not valid Parquet"):
-        PARQUET.count(path, "")
-    pq.write_table(pa.table({"error": [1]}), path)
-    with pytest.raises(ValueError, match="'error'"):
-        PARQUET.count(path, "")
+    for read in (PARQUET.names, PARQUET.count):
+        with pytest.raises(ValueError, match="not valid Parquet"):
+            read(path)
