@@ -164,6 +164,8 @@ def _start_ray(address: str | None, num_cpus: int) -> None:
     }
     where = {"address": address} if address else here
     arguments = where | {"runtime_env": {"env_vars": environment}}
+    # Of a cluster that starts here; else the engine of a killed replica would live on.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     for tries_left in reversed(range(STARTS)):
         try:
             ray.init(**arguments, logging_level=logging.WARNING)
