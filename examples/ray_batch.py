@@ -35,6 +35,8 @@ RETRIES = 3
 SHARDS_AT_WORK, SHARDS_AT_HAND = 2, 3
 # Reading is little work, but Ray would do it inside the replicas if it asked for as much as they.
 READER_CPUS = 0.1
+# Shards that wait for a replica fill up to half of it; then Ray Data reads no more of them, or one
+# every 10 s if none is done for so long.
 OBJECT_STORE_BYTES = 256 * 2**20
 # Ray gives a replica as many threads as CPUs; the engine must not tie them all to the same cores.
 REPLICA_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
