@@ -14,8 +14,11 @@ from threading import Thread
 
 import pytest
 from packaging.requirements import Requirement
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from examples.demo import free_port
+from examples.deploy.health import port_of
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "examples/deploy"
@@ -91,7 +94,7 @@ def test_it_runs_the_script_as_nobody_in_particular(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_it_holds_no_address_and_no_secret(name: str) -> None:
     text = (DEPLOY / name).read_text()
-    assert set(re.findall(r"https?://([^/'\"]+)", text)) == {"127.0.0.1:8000"}
+    assert "://" not in text
     assert "index-url" not in text
     kept = " ".join(arguments(name, "ENV") + arguments(name, "ARG"))
     assert not re.search(r"KEY|TOKEN|PASSWORD|SECRET", kept), kept
@@ -132,28 +135,39 @@ class Health(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def health_check(name: str, port: int) -> int:
-    """Exit status of the check of a server on `port`."""
+def health_check(name: str, *words: str, folder: Path) -> int:
+    """Exit status of the check of a server whose command ends with `words`."""
     (check,) = arguments(name, "HEALTHCHECK")
-    _, *command = json.loads(check.partition(" CMD ")[2])
-    command = [word.replace(":8000/", f":{port}/") for word in command]
-    return subprocess.run([sys.executable, *command], capture_output=True, timeout=60).returncode
+    _, script, process = json.loads(check.partition(" CMD ")[2])
+    assert process == "/proc/1/cmdline", "what the entry point became"
+    (command := folder / "cmdline").write_text("\0".join(["vllm", "serve", "model", *words, ""]))
+    checked = [sys.executable, str(ROOT / Path(script).relative_to("/app")), str(command)]
+    return subprocess.run(checked, capture_output=True, timeout=60).returncode
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("option", ["--port {}", "--port={}"])
 @pytest.mark.parametrize("status", [200, 503])
-def test_the_health_check_asks_the_server(name: str, status: int) -> None:
+def test_the_health_check_asks_the_server(
+    name: str, option: str, status: int, tmp_path: Path
+) -> None:
     handler = type("Answers", (Health,), {"status": status})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        returned = health_check(name, server.server_port)
+        words = option.format(server.server_port).split()
+        returned = health_check(name, "--host", "0.0.0.0", *words, folder=tmp_path)
         server.shutdown()
     assert (returned == 0) == (status == 200)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_health_check_fails_without_a_server(name: str) -> None:
-    assert health_check(name, free_port()) != 0
+def test_the_health_check_fails_without_a_server(name: str, tmp_path: Path) -> None:
+    assert health_check(name, "--port", str(free_port()), folder=tmp_path) != 0
+
+
+def test_the_health_check_knows_vllm_s_own_port() -> None:
+    defaults = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    assert port_of(["vllm", "serve", "model"]) == defaults.port
 
 
 STAND_IN = """#!/usr/bin/env bash
