@@ -66,6 +66,7 @@ def test_vllm_takes_the_arguments() -> None:
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(SERVER["args"])
     assert arguments.model_tag == "nvidia/Efficient-DLM-8B"
     assert arguments.max_num_batched_tokens >= arguments.max_model_len, "a prompt in one step"
+    assert arguments.max_num_queued_reqs, "else the queue has no limit"
     (port,) = SERVER["ports"]
     assert arguments.port == port["containerPort"]
     pause = int(SERVER["lifecycle"]["preStop"]["exec"]["command"][1])
