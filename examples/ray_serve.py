@@ -11,72 +11,25 @@ The command connects to the cluster that RAY_ADDRESS names or this machine belon
 starts one on this machine.
 """
 
-import inspect
 import os
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import ray
 import typer
-from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.llm import LLMConfig, build_openai_app
+from ray.serve.context import _get_global_client
+from ray.serve.llm import LLMConfig, LLMServer, build_openai_app
 from ray.serve.llm.request_router import PrefixCacheAffinityRouter
 
-TINY_MATH = Path(__file__).parent / "checkpoints" / "tiny-math"
+from examples.ray_options import Options, errors_said, with_options
+
 APP = "vllm-edlm"
 GIB = 2**30
-
-
-class Options(BaseModel):
-    """What `app` takes, from `serve run`'s NAME=VALUE or a Serve config's `args`.
-
-    Raises:
-        pydantic.ValidationError: it names each wrong option, its value and what is allowed.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = Field(str(TINY_MATH), description="folder or hub name of the checkpoint")
-    name: str = Field("", description="the model's name for clients; else the folder's")
-    min_replicas: int = Field(1, ge=1, description="replicas without load")
-    max_replicas: int = Field(1, ge=1, description="replicas at most")
-    target_requests: int = Field(16, ge=1, description="requests a replica that Ray scales for")
-    upscale_seconds: float = Field(10, ge=0, description="load lasts so long: a replica more")
-    downscale_seconds: float = Field(300, ge=0, description="lull lasts so long: a replica less")
-    drain_seconds: float = Field(120, ge=0, description="a removed replica has, to finish")
-    health_seconds: float = Field(10, gt=0, description="between health checks of a replica")
-    health_timeout_seconds: float = Field(30, gt=0, description="one without answer has failed")
-    prefix_routing: bool = Field(False, description="like prompts to like replicas")
-    accelerator: Literal["cpu", "gpu"] = Field("cpu", description="what replicas run on")
-    accelerator_type: str = Field("", description="Ray's name of the GPU, such as H100")
-    tensor_parallel_size: int = Field(1, ge=1, description="devices of a replica")
-    cpus: int = Field(1, ge=1, description="cores of a replica; on a CPU, of its forwards")
-    kv_cache_gib: float | None = Field(
-        None, gt=0, description="of a device; else 1 on a CPU, what vLLM finds free on a GPU"
-    )
-    engine_args: Json[dict[str, Any]] = Field(
-        "{}", validate_default=True, description="vLLM's engine arguments, as a JSON object"
-    )
-
-    @model_validator(mode="after")
-    def _together(self) -> "Options":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas must be at least min_replicas, {self.min_replicas}, "
-                f"got {self.max_replicas}"
-            )
-        if self.accelerator == "cpu" and self.accelerator_type:
-            raise ValueError(
-                f"accelerator_type is for accelerator=gpu alone, got {self.accelerator_type!r}"
-            )
-        return self
 
 
 class PromptRouter(PrefixCacheAffinityRouter):
@@ -92,6 +45,19 @@ class PromptRouter(PrefixCacheAffinityRouter):
             return super()._extract_text_from_request(pending_request) or None
         except ValueError:  # It has neither a prompt nor messages.
             return None
+
+
+class Replica(LLMServer):
+    """Ray's replica, which answers /tokenize and /detokenize too.
+
+    Ray's own looks for what answers them under a name that vLLM no longer uses.
+    """
+
+    async def start(self) -> None:
+        """Start the engine."""
+        await super().start()
+        engine: Any = self.engine
+        engine._oai_serving_tokenization = engine._app_state.serving_tokenization
 
 
 def app(options: Options) -> Application:
@@ -128,6 +94,7 @@ def llm_config(options: Options) -> LLMConfig:
             "model_id": options.name or Path(options.model).name,
             "model_source": _source(options.model),
         },
+        server_cls=Replica,
         accelerator_type=options.accelerator_type or None,
         # Without a GPU among them Ray runs vLLM's own executor, with one vLLM's Ray executor.
         placement_group_config={
@@ -192,26 +159,53 @@ def serve_until_told(
     **values: Any,
 ) -> None:
     """Serve a model over replicas until SIGTERM or Ctrl-C; then let requests in flight finish."""
-    try:
+    with errors_said():
         options = Options(**values)
         llm_config(options).get_engine_config()
-    except ValueError as error:
-        _give_up(error)
-    # Of a cluster that starts here; else the engine of a killed replica would live on.
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
-    ray.init()
+        # Of a cluster that starts here; else the engine of a killed replica would live on.
+        os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+        ray.init()
+        listen(host, port, proxies)
+        _run(options, f"http://{host}:{port}/v1")
+
+
+def listen(host: str, port: int, proxies: str) -> None:
+    """Start Serve, if it does not run on the cluster already.
+
+    Raises:
+        ValueError: it runs and listens elsewhere, which it goes on doing whatever it is told.
+    """
+    wanted = {"host": host, "port": port, "proxies": proxies}
+    for option, found in _listening().items():
+        if found != wanted[option]:
+            raise ValueError(
+                f"{option} is {found!r} of Serve, which runs on this cluster already, "
+                f"got {wanted[option]!r}"
+            )
     serve.start(http_options={"host": host, "port": port}, proxy_location=proxies)
+
+
+def _listening() -> dict[str, Any]:
+    """Where Serve listens; nothing if it does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    location = ray.get(client._controller.get_proxy_location.remote())
+    http = client.http_config
+    return {"host": http.host, "port": http.port, "proxies": location and location.value}
+
+
+def _run(options: Options, address: str) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain."""
     # As Ctrl-C; Ray has set a handler of its own, which drains nothing.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.run(app(options), name=APP)
-        typer.echo(f"Ready: http://{host}:{port}/v1")
+        typer.echo(f"Ready: {address}")
         while True:
             signal.pause()
     except KeyboardInterrupt:
         typer.echo("Draining.")
-    except RuntimeError as error:
-        _give_up(error)
     finally:
         drain()
 
@@ -225,38 +219,8 @@ def drain() -> None:
         serve.shutdown()
 
 
-def _give_up(error: Exception) -> NoReturn:
-    """End with the error, each wrong option on a line of its own."""
-    lines = [str(error)]
-    if isinstance(error, ValidationError):
-        lines = [_line(details) for details in error.errors()]
-    typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
-    raise typer.Exit(2)
-
-
-def _line(details: ErrorDetails) -> str:
-    where = ".".join(map(str, details["loc"]))
-    return f"{where}: {details['msg']}, got {details['input']!r}" if where else details["msg"]
-
-
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, in place of **values, an option for each field of `Options`."""
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name, field in Options.model_fields.items():
-        kind = str if name == "engine_args" else field.annotation
-        option = Annotated[kind, typer.Option(help=field.description)]  # type: ignore[valid-type]
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=option
-            )
-        )
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return command
-
-
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-cli.command()(_with_options(serve_until_told))
+cli.command()(with_options(serve_until_told))
 
 if __name__ == "__main__":
     cli()

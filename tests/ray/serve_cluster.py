@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +20,19 @@ from oracle import OracleResult, generate
 from oracle_model import OracleModel
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.context import _set_global_client
-from ray.serve.schema import ReplicaState
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ReplicaState, ServeDeploySchema
 from transformers import AutoTokenizer
 
 from examples.convert.word_problems import problems
 from examples.demo import free_port
-from examples.ray_serve import APP, TINY_MATH
+from examples.ray_options import TINY_MATH
+from examples.ray_serve import APP, Replica
 
 T = TypeVar("T")
 NAME = "tiny-math"
 START_TRIES = 5
-DEPLOYMENT = f"LLMServer:{NAME}"
+DEPLOYMENT = f"{Replica.__name__}:{NAME}"
 LIMIT_SECONDS = 900
 MAX_TOKENS = 64
 QUESTIONS = [problem.question for problem in problems("heldout", 7, 4)]
@@ -45,19 +46,27 @@ ENVIRONMENT = {
     "RAY_process_group_cleanup_enabled": "1",
     "OMP_NUM_THREADS": "1",
 }
+# Running and waiting; what comes beyond is refused.
+MOST_REQUESTS = 16
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_num_seqs": 16,
+    "max_num_queued_reqs": MOST_REQUESTS,
     "enable_prompt_tokens_details": True,
 }
-OPTIONS = (
-    *("--min-replicas", "1", "--max-replicas", "2", "--target-requests", "2"),
+OPTIONS = {
+    "min_replicas": "1",
+    "max_replicas": "2",
+    "target_requests": "2",
+    "upscale_seconds": "2",
+    "downscale_seconds": "3600",
     # A busy machine is no sick replica.
-    *("--upscale-seconds", "2", "--downscale-seconds", "3600"),
-    *("--health-seconds", "5", "--health-timeout-seconds", "60"),
-    *("--kv-cache-gib", "0.1", "--engine-args", json.dumps(ENGINE)),
-)
+    "health_seconds": "5",
+    "health_timeout_seconds": "60",
+    "kv_cache_gib": "0.1",
+    "engine_args": json.dumps(ENGINE),
+}
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_MATH)
 ORACLE = OracleModel.load(TINY_MATH)
 
@@ -87,12 +96,21 @@ def text_of(answer: OracleResult) -> str:
 
 @dataclass(frozen=True)
 class Service:
-    """The running application and its cluster: a head without CPUs and two nodes with one each."""
+    """The running application and its cluster.
+
+    Attributes:
+        config: what Serve was given, if it was given a config.
+    """
 
     cluster: Cluster
     process: subprocess.Popen[str]
-    address: str
+    port: int
     log: Path
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def client(self) -> OpenAI:
@@ -106,6 +124,17 @@ class Service:
         """Ask one question, greedily."""
         chat = [{"role": "user", "content": question}]
         return self.post(**{"messages": chat, "temperature": 0, "max_tokens": MAX_TOKENS} | body)
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.address}/v1/models", timeout=LIMIT_SECONDS).is_success
+        except httpx.TransportError:
+            return False
+
+    def deploy(self, **changes: Any) -> None:
+        """Give Serve its config again, with changes."""
+        schema = ServeDeploySchema.model_validate(self.config | changes)
+        _get_global_client().deploy_apps(schema)
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -125,11 +154,6 @@ def running_replicas() -> int:
     """Replicas of the model that Serve says are running."""
     deployment = serve.status().applications[APP].deployments[DEPLOYMENT]
     return deployment.replica_states.get(ReplicaState.RUNNING, 0)
-
-
-def forget_controller() -> None:
-    """Have this process look for Serve's controller again: it would go on asking an ended one."""
-    _set_global_client(None)
 
 
 def _workers(node: Any) -> list[psutil.Process]:
@@ -159,8 +183,8 @@ def started(start: Callable[[], T]) -> T:
 
 
 @contextmanager
-def service(folder: Path) -> Iterator[Service]:
-    """A cluster and the command on it; yields once it answers. This process joins the cluster."""
+def small_cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with one each. This process joins the cluster."""
     os.environ |= ENVIRONMENT
     head = NODE | {"num_cpus": 0, "include_dashboard": False}
     cluster = started(lambda: Cluster(initialize_head=True, head_node_args=head))
@@ -168,18 +192,44 @@ def service(folder: Path) -> Iterator[Service]:
         for _ in range(2):
             started(lambda: cluster.add_node(wait=False, **NODE, num_cpus=1))
         ray.init(address=cluster.address, log_to_driver=False)
-        words = [sys.executable, "-m", "examples.ray_serve", "--port", str(port := free_port())]
-        words += ["--proxies", "HeadOnly", *OPTIONS]
-        with running(cluster, log := folder / "log", words, port) as service:
-            service.wait_for(lambda: "Ready: " in log.read_text(), "start")
-            yield service
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
 @contextmanager
-def running(cluster: Cluster, log: Path, command: list[str], port: int) -> Iterator[Service]:
+def configured(cluster: Cluster, folder: Path) -> Iterator[Service]:
+    """As a RayService of KubeRay has it: an import path, and options as arguments."""
+    application = {"name": APP, "import_path": "examples.ray_serve:app", "args": OPTIONS}
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": (port := free_port())},
+        "applications": [application],
+    }
+    (file := folder / "serve.yaml").write_text(json.dumps(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    with _running(cluster, folder / "log", command) as process:
+        service = Service(cluster, process, port, folder / "log", config)
+        service.wait_for(lambda: service.answers() and running_replicas() == 1, "start")
+        yield service
+
+
+@contextmanager
+def commanded(cluster: Cluster, folder: Path, *words: str, **changes: str) -> Iterator[Service]:
+    """As a user at the command line has it."""
+    command = [sys.executable, "-m", "examples.ray_serve", "--proxies", "HeadOnly", *words]
+    command += ["--port", str(port := free_port())]
+    for name, value in (OPTIONS | changes).items():
+        command += [f"--{name.replace('_', '-')}", value]
+    with _running(cluster, log := folder / "log", command) as process:
+        service = Service(cluster, process, port, log)
+        service.wait_for(lambda: "Ready: " in log.read_text(), "start")
+        yield service
+
+
+@contextmanager
+def _running(cluster: Cluster, log: Path, command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A command that serves on a cluster."""
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with (
@@ -187,6 +237,6 @@ def running(cluster: Cluster, log: Path, command: list[str], port: int) -> Itera
         subprocess.Popen(command, stdout=file, stderr=file, text=True, env=environment) as process,
     ):
         try:
-            yield Service(cluster, process, f"http://127.0.0.1:{port}", log)
+            yield process
         finally:
             process.kill()

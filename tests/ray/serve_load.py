@@ -18,30 +18,48 @@ class Load:
     """Clients that ask one question after the other, and what became of each request.
 
     Attributes:
+        clients: how many there are.
         retries: that OpenAI's client makes when a request fails.
         ended: how each request ended: "right", "wrong", an HTTP status, "error in stream",
             "cut off" (a right beginning without a finish reason), "no connection", "stuck".
         failures: what the failed ones said.
+        retried: questions that were answered after a try that failed.
     """
 
     service: Service
+    clients: int
     retries: int
     ended: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    retried: list[str] = field(default_factory=list)
     stop: Event = field(default_factory=Event)
 
     @property
     def right(self) -> int:
         return self.ended.count("right")
 
+    def wait_for_answers(self) -> None:
+        """Wait for more right answers than there are clients."""
+        enough = self.right + self.clients
+        self.service.wait_for(lambda: self.right > enough, "answers")
+
     def run(self, first: int) -> None:
-        """One client; every other one reads streams."""
+        """One client; without retries, every other one reads streams."""
         client = self.service.client.with_options(max_retries=self.retries)
-        ask = streamed if first % 2 and not self.retries else unstreamed
+        plainly = streamed if first % 2 else unstreamed
+        ask = self.patiently if self.retries else plainly
         for turn in count(first):
             if self.stop.is_set():
                 return
             self.ended.append(self.outcome(ask, client, QUESTIONS[turn % len(QUESTIONS)]))
+
+    def patiently(self, client: OpenAI, question: str) -> tuple[str, str | None]:
+        """As `unstreamed`, and note whether that took more than one try."""
+        response = client.chat.completions.with_raw_response.create(**_request(question))
+        if response.retries_taken:
+            self.retried.append(question)
+        (choice,) = response.parse().choices
+        return choice.message.content or "", choice.finish_reason
 
     def outcome(
         self, ask: Callable[[OpenAI, str], tuple[str, str | None]], client: OpenAI, question: str
@@ -90,7 +108,7 @@ def _failure(error: Exception) -> str:
 @contextmanager
 def load(service: Service, clients: int, retries: int = 0) -> Iterator[Load]:
     """Load while the context lasts; it ends when every request has ended."""
-    load = Load(service, retries)
+    load = Load(service, clients, retries)
     for question in QUESTIONS:
         expected(question)  # Once, not by each client.
     with ThreadPoolExecutor(clients) as pool:

@@ -3,40 +3,36 @@
 The tests share one cluster and run in order: each begins with what the one before left.
 """
 
-import json
 import signal
-import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-import ray
 from openai import APIError, BadRequestError
+from ray import serve
+from ray.cluster_utils import Cluster
 from serve_cluster import (
-    APP,
-    ENGINE,
     LIMIT_SECONDS,
+    MOST_REQUESTS,
     NAME,
     NODE,
     QUESTIONS,
+    TOKENIZER,
     Service,
+    commanded,
+    configured,
     expected,
-    forget_controller,
-    running,
     running_replicas,
-    service,
+    small_cluster,
     started,
     text_of,
 )
-from serve_load import Load, load, streamed, unstreamed
-from typer.testing import CliRunner
+from serve_load import load, streamed, unstreamed
 
-from examples.demo import free_port
-from examples.ray_serve import cli
+from examples.ray_serve import listen
 
 # More than the two requests a replica that the application aims at.
 CLIENTS = 6
@@ -46,38 +42,16 @@ ENGINE_END_SECONDS = 120
 FAILURES = {"500", "502", "503", "no connection", "error in stream", "cut off"}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--min-replicas", "3", "--max-replicas", "2"), "at least min_replicas, 3, got 2"),
-        (("--accelerator-type", "H100"), "for accelerator=gpu alone, got 'H100'"),
-        (("--accelerator", "gpu", "--accelerator-type", "x"), "Unsupported accelerator type: x"),
-        (("--engine-args", "[1]"), "engine_args: Input should be a valid dictionary, got"),
-        (("--engine-args", '{"blocks": 1}'), "Unknown engine argument: blocks"),
-        (("--cpus", "0"), "cpus: Input should be greater than or equal to 1, got 0"),
-        (("--port", "0"), "Invalid value for '--port'"),
-    ],
-)
-def test_bad_options(options: tuple[str, ...], message: str) -> None:
-    """Said before anything is started."""
-    done = CliRunner().invoke(cli, list(options))
-    assert done.exit_code == 2
-    assert message in done.stderr
-    assert not ray.is_initialized()
-
-
-def test_api_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's routes would ignore it."""
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    done = CliRunner().invoke(cli, [])
-    assert done.exit_code == 2
-    assert "VLLM_API_KEY is set" in done.stderr
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with small_cluster() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with service(tmp_path_factory.mktemp("serve")) as answering:
-        yield answering
+def served(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with configured(cluster, tmp_path_factory.mktemp("configured")) as service:
+        yield service
 
 
 @pytest.mark.parametrize(
@@ -120,6 +94,33 @@ def test_bad_streamed_requests_get_an_error_as_their_first_event(served: Service
         streamed(served.client, QUESTIONS[0], extra_body=BAD)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_requests_than_a_replica_may_have(served: Service, stream: bool) -> None:
+    """Each of a request's answers counts."""
+    many = {"n": MOST_REQUESTS + 1, "temperature": 1, "stream": stream}
+    refused = served.ask(QUESTIONS[0], **many)
+    assert refused.status_code == 500
+    assert "cannot accept new requests" in refused.text
+
+
+def test_tokenize(served: Service) -> None:
+    tokens = served.post("/tokenize", prompt=QUESTIONS[0]).json()["tokens"]
+    assert tokens == TOKENIZER(QUESTIONS[0])["input_ids"]
+    assert served.post("/detokenize", tokens=tokens).json()["prompt"] == QUESTIONS[0]
+
+
+def test_serve_that_listens_elsewhere_is_refused(served: Service) -> None:
+    """Serve would go on as it is, and an address that it was not told of would be a lie."""
+    host, port = "127.0.0.1", served.port
+    listen(host, port, "HeadOnly")
+    with pytest.raises(ValueError, match=rf"port is {port} of .* got {port + 1}"):
+        listen(host, port + 1, "HeadOnly")
+    with pytest.raises(ValueError, match=r"host is '127.0.0.1' of .* got '0.0.0.0'"):
+        listen("0.0.0.0", port, "HeadOnly")
+    with pytest.raises(ValueError, match=r"proxies is 'HeadOnly' of .* got 'EveryNode'"):
+        listen(host, port, "EveryNode")
+
+
 def test_health(served: Service) -> None:
     """Of the proxy, for load balancers and Kubernetes."""
     assert httpx.get(f"{served.address}/-/healthz").text == "success"
@@ -130,15 +131,20 @@ def test_replicas_follow_the_load(served: Service) -> None:
     assert running_replicas() == 1
     with load(served, CLIENTS) as clients:
         served.wait_for(lambda: running_replicas() == 2, "a second replica")
-        wait_for_answers(served, clients)
+        clients.wait_for_answers()
     assert set(clients.ended) == {"right"}, clients.failures
     assert len(served.replicas()) == 2
 
 
-def wait_for_answers(served: Service, clients: Load) -> None:
-    """Wait for more right answers than there are clients."""
-    before = clients.right
-    served.wait_for(lambda: clients.right > before + CLIENTS, "answers")
+def test_a_removed_replica_finishes_its_requests(served: Service) -> None:
+    """Of two replicas under load, streams too, one goes; half of what the application may have."""
+    with load(served, CLIENTS) as clients:
+        clients.wait_for_answers()
+        served.deploy(target_capacity=50)
+        served.wait_for(lambda: len(served.replicas()) == 1, "the replica's end")
+        clients.wait_for_answers()
+    assert set(clients.ended) == {"right"}, clients.failures
+    served.deploy()
 
 
 def engines(served: Service) -> set[psutil.Process]:
@@ -154,17 +160,22 @@ def wait_for_another(served: Service, victim: psutil.Process) -> None:
 
 
 def test_killed_replica(served: Service) -> None:
-    """SIGKILL under load: its requests fail clearly, or are retried, and it is replaced."""
-    with load(served, CLIENTS // 2) as plain, load(served, CLIENTS // 2, 5) as patient:
-        wait_for_answers(served, plain)
+    """SIGKILL under load: its requests fail clearly, or are answered when retried; it is replaced.
+
+    There are more patient clients than others, so that it has a request of theirs.
+    """
+    with load(served, CLIENTS // 2) as plain, load(served, CLIENTS, 5) as patient:
+        served.wait_for(lambda: running_replicas() == 2, "a second replica")
+        plain.wait_for_answers()
         victim = served.replicas()[0]
         engine = victim.children(recursive=True)
         assert engine, "an engine runs beside its replica"
         victim.kill()
         wait_for_another(served, victim)
-        wait_for_answers(served, plain)
+        plain.wait_for_answers()
     for clients in (plain, patient):
         assert set(clients.ended) <= {"right"} | FAILURES, clients.failures
+    assert patient.retried, "what it was at work on was answered by the other"
     alive = psutil.wait_procs(engine, timeout=ENGINE_END_SECONDS)[1]
     assert not alive, "the engine of a killed replica goes with it"
 
@@ -172,81 +183,41 @@ def test_killed_replica(served: Service) -> None:
 def test_dead_engine_fails_the_health_check(served: Service) -> None:
     """A replica whose engine died answers with errors until it is replaced."""
     with load(served, CLIENTS // 2, 5) as clients:
-        wait_for_answers(served, clients)
+        clients.wait_for_answers()
         victim = served.replicas()[0]
         for process in victim.children(recursive=True):
             process.kill()
         wait_for_another(served, victim)
-        wait_for_answers(served, clients)
+        clients.wait_for_answers()
     assert set(clients.ended) <= {"right"} | FAILURES, clients.failures
 
 
 def test_killed_raylet(served: Service) -> None:
     """A node goes with its replica; the other one answers on."""
     with load(served, CLIENTS // 2) as clients:
-        wait_for_answers(served, clients)
+        clients.wait_for_answers()
         before = engines(served)
         node = next(iter(served.cluster.worker_nodes))
         served.cluster.remove_node(node, allow_graceful=False)
         served.wait_for(lambda: len(served.replicas()) == 1, "the replica's end")
-        wait_for_answers(served, clients)
+        clients.wait_for_answers()
     assert set(clients.ended) <= {"right"} | FAILURES, clients.failures
     gone = before - engines(served)
     assert gone, "a node's replica goes with it"
     assert not psutil.wait_procs(gone, timeout=ENGINE_END_SECONDS)[1], "and its engine"
 
 
-def test_sigterm_drains(served: Service) -> None:
-    """Answers that are being written are finished, new requests are refused, and all ends."""
-    # Sixteen forwards a block.
-    slow = {"vllm_xargs": {"diffusion_threshold": 1.0, "diffusion_reveal": "prefix"}}
-    request = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": QUESTIONS[0]}],
-        "temperature": 0,
-        "max_tokens": 300,
-        "extra_body": slow | {"ignore_eos": True},
-    }
-    wanted = expected(QUESTIONS[0], 300, threshold=1.0, rule="prefix", ignore_eos=True)
-    streams = [served.client.chat.completions.create(**request, stream=True) for _ in range(4)]
-    begun = ["".join(c.choices[0].delta.content or "" for c in islice(s, 2)) for s in streams]
-    served.process.send_signal(signal.SIGTERM)
-    ended = ["".join(c.choices[0].delta.content or "" for c in stream) for stream in streams]
-    texts = [first + rest for first, rest in zip(begun, ended, strict=True)]
-    assert texts == [text_of(wanted)] * len(streams)
-    assert served.process.wait(LIMIT_SECONDS) == 0, served.log.read_text()[-5000:]
-    with pytest.raises(httpx.TransportError):
-        served.ask(QUESTIONS[0])
-    assert not served.replicas()
-
-
 @pytest.fixture(scope="module")
-def prefix_routed(served: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """As a RayService of KubeRay has it: an import path, and options as arguments."""
-    options = {"min_replicas": "2", "max_replicas": "2", "prefix_routing": "true"}
-    options |= {"kv_cache_gib": "0.1", "engine_args": json.dumps(ENGINE)}
-    application = {"name": APP, "import_path": "examples.ray_serve:app", "args": options}
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": (port := free_port())},
-        "applications": [application],
-    }
-    folder = tmp_path_factory.mktemp("config")
-    (file := folder / "serve.yaml").write_text(json.dumps(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
-    # In place of the node that was killed; the router has a process of its own.
-    started(lambda: served.cluster.add_node(wait=False, **NODE, num_cpus=2))
-    forget_controller()
-    with running(served.cluster, folder / "log", command, port) as service:
-        service.wait_for(lambda: _answers(service) and running_replicas() == 2, "start")
+def prefix_routed(
+    served: Service, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """As a user at the command line has it, where the other was; the router has its own process."""
+    serve.shutdown()
+    # In place of the node that was killed.
+    started(lambda: cluster.add_node(wait=False, **NODE, num_cpus=2))
+    folder = tmp_path_factory.mktemp("commanded")
+    with commanded(cluster, folder, "--prefix-routing", min_replicas="2") as service:
         yield service
-
-
-def _answers(service: Service) -> bool:
-    try:
-        return httpx.get(f"{service.address}/v1/models", timeout=LIMIT_SECONDS).is_success
-    except httpx.TransportError:
-        return False
 
 
 def test_prompts_go_where_their_beginning_is_cached(prefix_routed: Service) -> None:
@@ -263,3 +234,29 @@ def test_prompts_go_where_their_beginning_is_cached(prefix_routed: Service) -> N
 def test_requests_without_text_are_routed(prefix_routed: Service) -> None:
     """A prefix router has nothing to go by in a prompt of token ids."""
     assert prefix_routed.post("/v1/completions", prompt=[5, 6, 7], max_tokens=4).status_code == 200
+
+
+def test_sigterm_drains(prefix_routed: Service) -> None:
+    """Answers that are being written are finished, new requests are refused, and all ends."""
+    # Sixteen forwards a block.
+    slow = {"vllm_xargs": {"diffusion_threshold": 1.0, "diffusion_reveal": "prefix"}}
+    request = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": QUESTIONS[0]}],
+        "temperature": 0,
+        "max_tokens": 300,
+        "extra_body": slow | {"ignore_eos": True},
+    }
+    wanted = expected(QUESTIONS[0], 300, threshold=1.0, rule="prefix", ignore_eos=True)
+    streams = [
+        prefix_routed.client.chat.completions.create(**request, stream=True) for _ in range(4)
+    ]
+    begun = ["".join(c.choices[0].delta.content or "" for c in islice(s, 2)) for s in streams]
+    prefix_routed.process.send_signal(signal.SIGTERM)
+    ended = ["".join(c.choices[0].delta.content or "" for c in stream) for stream in streams]
+    texts = [first + rest for first, rest in zip(begun, ended, strict=True)]
+    assert texts == [text_of(wanted)] * len(streams)
+    assert prefix_routed.process.wait(LIMIT_SECONDS) == 0, prefix_routed.log.read_text()[-5000:]
+    with pytest.raises(httpx.TransportError):
+        prefix_routed.ask(QUESTIONS[0])
+    assert not prefix_routed.replicas()
