@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 from examples.demo import free_port, wait_until_healthy
@@ -37,6 +38,15 @@ def test_every_command_is_run_or_says_that_it_is_not() -> None:
         assert by == mark or (ROOT / by).is_file(), mark
     starts = [code.split()[0] for mark, code in BLOCKS if mark == HERE]
     assert starts == ["make", "examples/serve.sh", "curl", ".venv/bin/python"], "one test for each"
+
+
+def test_what_is_to_be_installed_is_there_to_be_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = re.findall(r"pip install (\S+)", "".join(code for _, code in BLOCKS))
+    assert installed
+    for argument in installed:
+        (extras,) = re.fullmatch(r"'\.\[([a-z,]+)\]'", argument).groups()
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
 
 def test_figures_are_the_measured_ones() -> None:

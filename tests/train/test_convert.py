@@ -11,7 +11,6 @@ import pytest
 from conversions import log_history, run_convert
 from transformers import AutoConfig
 
-
 ONE_STEP = ("--steps", "1", "--warmup-steps", "0")
 
 

@@ -10,7 +10,8 @@ computed.
 
 {shape}: {weights:.2f} GB of weights, {kv:.0f} KiB of KV per token. {cpu}, {cores} cores, with a \
 measured {bandwidth:.0f} GB/s and {matmul:.0f} GFLOP/s, by `{command}` at commit {commit}. \
-Prompt 64, output 64; all requests of a load go in step with each other, and their prompts are in the mean step.
+Prompt 64, output 64; all requests of a load go in step with each other, and their prompts are in \
+the mean step.
 
 *Least* is the larger of bytes over bandwidth and operations over matrix rate, for the rows, KV \
 and logits that such a step must run. *Predicted* is {overhead:.0f} ms and {factor:.2f} times the \
@@ -40,7 +41,8 @@ plan with that is chosen and not measured. What a CPU reaches of its roofline sa
 a GPU: kernels, launch times and the ratio of arithmetic to bandwidth are others. For comparison: \
 the paper's own figures at batch 1 on an H100 ({paper_ar} tokens/s of AR, {paper_blocks} at 3.27 \
 tokens per forward) are {paper_ar_share:.2f} and {paper_blocks_share:.2f} of this limit; others \
-report {served_ar:g} tokens/s of AR from a serving engine, {served_ar_share:.2f} of it. `edlm bench` measures it on the machine to be used.
+report {served_ar:g} tokens/s of AR from a serving engine, {served_ar_share:.2f} of it. \
+`edlm bench` measures it on the machine to be used.
 - Not counted: norms, activations, row statistics, sampling, scheduling, the network. \
 `adaptive_canvas` is off: what the 8B keeps of its tokens per forward with shorter blocks is not \
 published.
