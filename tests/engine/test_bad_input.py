@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,9 @@ def test_unsupported_feature(
 def test_counting_nans_is_refused(
     checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    # vLLM reads its environment once in a process, so not as the variable.
+    wanted = SimpleNamespace(VLLM_COMPUTE_NANS_IN_LOGITS=True)
+    monkeypatch.setattr("vllm_edlm.config.envs", wanted)
     args = EngineArgs(model=str(checkpoint(CheckpointSpec())), **SMALL_ENGINE)
     with pytest.raises(ValueError, match="VLLM_COMPUTE_NANS_IN_LOGITS is not supported"):
         args.create_engine_config()
