@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
-from vllm_edlm.train import command
+from vllm_edlm.train.command import recipe_defaults
 from vllm_edlm.train.convert import convert
 from vllm_edlm.train.recipe import Recipe
 
@@ -43,11 +41,6 @@ class Conversion:
 
     def recipe(self, parent: Path, data: Path, output: Path) -> Recipe:
         """The whole recipe: the command's defaults, but for what is said here."""
-        options: dict[str, Any] = {
-            parameter.name: parameter.default
-            for parameter in signature(command.convert).parameters.values()
-            if parameter.name not in ("context", "check", "dry_run")
-        }
         varied = dict(vars(self))
         ratio = varied.pop("half_life_ratio")
         if ratio is None:
@@ -70,7 +63,7 @@ class Conversion:
             "log_steps": 50,
             "dtype": "float32",
         }
-        return Recipe(**(options | fixed | varied))
+        return Recipe(**(recipe_defaults() | fixed | varied))
 
 
 def run_conversion(conversion: Conversion, parent: Path, data: Path, output: Path) -> None:

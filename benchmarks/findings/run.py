@@ -10,7 +10,7 @@ from benchmarks.findings.plan import FINDINGS, work
 from benchmarks.findings.served import Engines, score_model, score_parent
 from benchmarks.findings.tables import Measured, directions_table, finding_table, layer_drift
 from benchmarks.findings.task import items, write_jsonl
-from vllm_edlm.bench.machine import facts
+from vllm_edlm.bench.machine import commit, facts
 from vllm_edlm.bench.report import write
 from vllm_edlm.train.trainer import TrainingDivergedError
 
@@ -61,7 +61,7 @@ def _remember_commit(runs: Path) -> None:
     place = runs / _TRAINED_AT
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(str(facts(COMMAND)["commit"]))
+        place.write_text(commit())
 
 
 def write_tables(measured: Measured, runs: Path, output: Path) -> None:

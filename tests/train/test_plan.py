@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from vllm_edlm.cli import app
-from vllm_edlm.train import command, step_cost
+from vllm_edlm.train import step_cost
+from vllm_edlm.train.command import recipe_defaults
 from vllm_edlm.train.convert import prepare
 from vllm_edlm.train.memory import Memory
 from vllm_edlm.train.packing import NO_DOCUMENT
@@ -30,14 +30,11 @@ Prepare = Callable[..., ConversionTrainer]
 @pytest.fixture
 def prepared(ar_directory: Path, problem_file: Path, tmp_path: Path) -> Prepare:
     """The trainer of the command's defaults, but for a small model, small rows and fp32."""
-    parameters = inspect.signature(command.convert).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    del defaults["context"], defaults["check"], defaults["dry_run"]
     small = {"row_length": 128, "batch_size": 2, "steps": 40, "bf16": False, "growth": ()}
     where = {"model": str(ar_directory), "data": str(problem_file), "output": tmp_path / "out"}
 
     def prepare_with(**changes: Any) -> ConversionTrainer:
-        return prepare(Recipe(**(defaults | small | where | changes)))[0]
+        return prepare(Recipe(**(recipe_defaults() | small | where | changes)))[0]
 
     return prepare_with
 

@@ -31,7 +31,7 @@ def facts(command: str) -> dict[str, str | int | float]:
     return {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         **_hardware(),
         "operating system": f"{platform.system()} {platform.release().split('-')[0]}",
         "Python": platform.python_version(),
@@ -39,12 +39,12 @@ def facts(command: str) -> dict[str, str | int | float]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short commit of the measured code, and whether the code differs from it."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit is None:
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if head is None:
         return "not a checkout"
-    return f"{commit} with changes" if _git("status", "--porcelain", "--", ".") else commit
+    return f"{head} with changes" if _git("status", "--porcelain", "--", ".") else head
 
 
 def _git(*arguments: str) -> str | None:

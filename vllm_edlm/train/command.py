@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -139,11 +140,22 @@ def convert(
     ] = False,
 ) -> None:
     """Convert an AR model to block diffusion by the Efficient-DLM recipe (arXiv 2512.14067)."""
-    options = dict(locals())
-    del options["context"], options["check"], options["dry_run"]
+    options = {name: value for name, value in locals().items() if name not in _NOT_OF_THE_RECIPE}
     _refuse_idle(context, options)
     options["growth"] = _lengths(growth)
     _run(options, check=check, is_dry=dry_run)
+
+
+_NOT_OF_THE_RECIPE = ("context", "check", "dry_run")
+
+
+def recipe_defaults() -> dict[str, Any]:
+    """What a recipe is made of, each with the command's default, but for what has none."""
+    return {
+        name: parameter.default
+        for name, parameter in signature(convert).parameters.items()
+        if name not in _NOT_OF_THE_RECIPE and parameter.default is not parameter.empty
+    }
 
 
 # An option, the one that it belongs to, and the value that this must have (None: any).
